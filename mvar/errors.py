@@ -1,0 +1,29 @@
+"""The errors that a user can cause, and what the command line does with them."""
+
+
+class MvarError(Exception):
+    """A user's mistake or a broken input. The message says what was wrong, where, and what to do; exit code 2."""
+
+
+class ConfigError(MvarError):
+    """A configuration that cannot be run."""
+
+
+class StoreError(MvarError):
+    """A code store that is missing, damaged, incomplete, or made for another model."""
+
+
+class ImageError(MvarError):
+    """An image or image folder that cannot be read."""
+
+
+class TokenizerError(MvarError):
+    """A tokenizer file that is damaged or has another geometry."""
+
+
+class CheckpointError(MvarError):
+    """A checkpoint that is missing, damaged, or belongs to another model."""
+
+
+class BackendError(MvarError):
+    """A compute backend asked for by name that this machine does not have."""

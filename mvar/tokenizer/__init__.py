@@ -1,0 +1,1 @@
+"""The multi-scale VQ-VAE."""
