@@ -1,0 +1,54 @@
+"""`mvar COMMAND ...`: one dispatcher, one way from an error to an exit code.
+
+Exit codes: 0 finished, 2 user error, 75 stopped on purpose with a checkpoint saved (run it again), others are faults.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from mvar.errors import MvarError
+
+COMMANDS = {
+    "train": ("mvar.train", "train the transformer on a code store"),
+    "train-tokenizer": ("mvar.tokenizer.train", "train a multi-scale VQ-VAE on images"),
+    "tokenize": ("data_prep.tokenize", "images -> shards of codes (one task of an array job)"),
+    "finalize": ("data_prep.finalize", "shards -> a complete code store"),
+    "verify": ("data_prep.verify", "check a code store"),
+    "sample": ("mvar.sample", "draw images from a trained model"),
+    "evaluate": ("mvar.evaluate", "compare samples with real images"),
+    "export": ("mvar.export", "write a checkpoint's weights for others"),
+    "report": ("mvar.report", "draw the curves of a run"),
+    "demo": ("mvar.demo", "the whole job on a few thousand real images"),
+}
+
+
+def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Call a command's `main`; an MvarError becomes one message on stderr and exit code 2."""
+    try:
+        return main(argv)
+    except MvarError as error:
+        print(f"mvar: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `mvar` script. Returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: mvar COMMAND ...   (mvar COMMAND --help)\n")
+        print("\n".join(f"  {name:16} {summary}" for name, (_, summary) in COMMANDS.items()))
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"mvar: error: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    module = import_module(COMMANDS[args[0]][0])
+    return run_command(module.main, args[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
