@@ -1,0 +1,55 @@
+"""Pictures as arrays: between model range and bytes, onto disk, side by side.
+
+Legend: B images, C channels, H height, W width, N images of a grid.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+Bytes = NDArray[np.uint8]
+
+
+def to_uint8(images_BCHW: Tensor) -> Bytes:
+    """Model range to bytes: float [-1, 1] (B, 3, H, W) -> uint8 (B, H, W, 3), clamped and rounded to nearest."""
+    scaled_BCHW = (images_BCHW.detach().float().clamp(-1, 1) + 1) * 127.5
+    array: Bytes = scaled_BCHW.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return array
+
+
+def from_uint8(array_BHWC: Bytes) -> Tensor:
+    """Bytes to model range: uint8 (B, H, W, 3) -> float32 [-1, 1] (B, 3, H, W). The inverse of `to_uint8`."""
+    return torch.from_numpy(np.ascontiguousarray(array_BHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_png(path: Path, array_HWC: Bytes) -> None:
+    """Write uint8 (H, W, 3) as PNG: complete or absent, also after a kill. Folders are made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    Image.fromarray(array_HWC).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def grid(array_NHWC: Bytes | Sequence[Bytes], columns: int, gap: int = 2) -> Bytes:
+    """Lay out equal pictures row by row, `columns` a row, `gap` white pixels between: (N, H, W, 3) -> (H', W', 3)."""
+    pictures = np.asarray(array_NHWC, dtype=np.uint8)
+    count, height, width, channels = pictures.shape
+    rows = -(-count // columns)
+    sheet: Bytes = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    for place, picture in enumerate(pictures):
+        top, left = (place // columns) * (height + gap), (place % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def enlarge(array_HWC: Bytes, factor: int) -> Bytes:
+    """Repeat every pixel `factor` times in both directions, for small pictures that people look at."""
+    return np.ascontiguousarray(array_HWC.repeat(factor, axis=0).repeat(factor, axis=1))
