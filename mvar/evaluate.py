@@ -1,0 +1,150 @@
+"""`mvar evaluate`: how good are samples, next to real images.
+
+Prints a classifier's accuracy on samples and on held-out real images, Frechet and kernel distance between samples and
+held-out images with the floor beside them (as many real training images against the same held-out ones), precision
+and recall. The classifier is trained here on the real training images, or read from a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.sources import ImageFolder
+from data_prep.views import centre_view
+from mvar.classifier import Classifier, fit, judge, load_classifier, save_classifier
+from mvar.cli import run_command
+from mvar.errors import ImageError, MvarError
+from mvar.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
+from mvar.images import Bytes
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """uint8 (N, size, size, 3) and int64 (N,)."""
+
+    images_NHWC: Bytes
+    labels_N: Tensor
+
+
+def read_folder(folder: ImageFolder, size: int) -> LabelledImages:
+    """Every image of a class folder, resized and cropped at the centre to `size` pixels."""
+    views = [centre_view(folder.read_rgb(item.path), size) for item in folder.items]
+    return LabelledImages(np.stack(views), torch.tensor([item.label for item in folder.items]))
+
+
+def read_samples(path: Path, size: int) -> LabelledImages:
+    """Samples as `mvar sample` writes them: sub-folders named by class number. Raises ImageError."""
+    folder = ImageFolder(path)
+    if not all(name.isdigit() for name in folder.classes):
+        raise ImageError(
+            f"samples {path}: sub-folders must be class numbers, got {folder.classes[:5]}. Point --samples at"
+            " the folder that `mvar sample --out` wrote."
+        )
+    found = read_folder(folder, size)
+    numbers = torch.tensor([int(name) for name in folder.classes])
+    return LabelledImages(found.images_NHWC, numbers[found.labels_N])
+
+
+def compare(
+    classifier: Classifier, samples: LabelledImages, train: LabelledImages, val: LabelledImages
+) -> dict[str, float]:
+    """All figures. The floor uses as many training images as there are samples, evenly spaced over the folder."""
+    chosen = np.linspace(0, len(train.labels_N) - 1, min(len(samples.labels_N), len(train.labels_N))).astype(np.int64)
+    probabilities_NK, samples_NF = judge(classifier, samples.images_NHWC)
+    real_probabilities_MK, val_MF = judge(classifier, val.images_NHWC)
+    _, floor_NF = judge(classifier, train.images_NHWC[chosen])
+    overlap = precision_recall(samples_NF, val_MF)
+    floor_overlap = precision_recall(floor_NF, val_MF)
+    return {
+        "classifier_accuracy_samples": _accuracy(probabilities_NK, samples.labels_N),
+        "classifier_accuracy_real": _accuracy(real_probabilities_MK, val.labels_N),
+        "frechet_samples": frechet_distance(samples_NF, val_MF),
+        "frechet_floor": frechet_distance(floor_NF, val_MF),
+        "kernel_samples": kernel_distance(samples_NF, val_MF),
+        "kernel_floor": kernel_distance(floor_NF, val_MF),
+        "precision_samples": overlap.precision,
+        "precision_floor": floor_overlap.precision,
+        "recall_samples": overlap.recall,
+        "recall_floor": floor_overlap.recall,
+        "class_score_samples": inception_score(probabilities_NK),
+        "class_score_real": inception_score(real_probabilities_MK),
+        "samples": float(len(samples.labels_N)),
+        "held_out": float(len(val.labels_N)),
+    }
+
+
+def _accuracy(probabilities_NK: Tensor, labels_N: Tensor) -> float:
+    return float((probabilities_NK.argmax(dim=1) == labels_N).double().mean())
+
+
+def table(figures: dict[str, float]) -> str:
+    """The figures for people: samples in one column, real images in the other."""
+    rows = [
+        ("classifier accuracy", "classifier_accuracy_samples", "classifier_accuracy_real", "{:.1%}"),
+        ("Frechet distance", "frechet_samples", "frechet_floor", "{:.3f}"),
+        ("kernel distance", "kernel_samples", "kernel_floor", "{:.4f}"),
+        ("precision", "precision_samples", "precision_floor", "{:.3f}"),
+        ("recall", "recall_samples", "recall_floor", "{:.3f}"),
+        ("class score", "class_score_samples", "class_score_real", "{:.2f}"),
+    ]
+    lines = [f"{'':22}{'samples':>10}{'real':>10}"]
+    lines += [f"{name:22}{form.format(figures[a]):>10}{form.format(figures[b]):>10}" for name, a, b, form in rows]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mvar evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--samples", type=Path, required=True, help="folder written by `mvar sample --out`")
+    parser.add_argument("--train", type=Path, required=True, help="class folders of the real training images")
+    parser.add_argument(
+        "--held-out", type=Path, required=True, help="class folders of real images that were not trained on"
+    )
+    parser.add_argument("--size", type=int, default=32, help="pixels the classifier sees (default 32)")
+    parser.add_argument("--classifier", type=Path, help="weights file: read if it exists, else trained and written")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images (default 8)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args(argv)
+
+    train_folder, val_folder = ImageFolder(args.train), ImageFolder(args.held_out)
+    if train_folder.classes != val_folder.classes:
+        raise MvarError(
+            f"--train {args.train} has classes {train_folder.classes[:8]}, --held-out {args.held_out} has"
+            f" {val_folder.classes[:8]}: they must be the same."
+        )
+    num_classes = len(train_folder.classes)
+    samples = read_samples(args.samples, args.size)
+    if int(samples.labels_N.max()) >= num_classes:
+        raise MvarError(
+            f"--samples {args.samples} has class {int(samples.labels_N.max())}, but the real images have"
+            f" {num_classes} classes. Compare with the images that the model was trained on."
+        )
+    train, val = read_folder(train_folder, args.size), read_folder(val_folder, args.size)
+    if args.classifier is not None and args.classifier.exists():
+        classifier = load_classifier(args.classifier, num_classes)
+    else:
+        print(f"training a classifier on {len(train.labels_N)} images, {args.epochs} epochs", flush=True)
+        classifier = fit(train.images_NHWC, train.labels_N, num_classes, epochs=args.epochs)
+        if args.classifier is not None:
+            save_classifier(args.classifier, classifier)
+    figures = compare(classifier, samples, train, val)
+    print(table(figures))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        context = {"size_px": args.size, "samples": str(args.samples), "held_out": str(args.held_out)}
+        payload = {"name": "evaluate", "figures": figures, "goals": {}, "context": context}
+        args.json.write_text(json.dumps(payload, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,100 @@
+"""`mvar report`: the curves of a run, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from mvar.cli import run_command
+from mvar.errors import MvarError
+
+Record = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Records of a metrics.jsonl in order. A torn last line (a killed writer) is passed over. Raises MvarError."""
+    if not path.is_file():
+        raise MvarError(f"{path}: no such file. Give a run folder that has been trained in.")
+    records: list[Record] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise MvarError(f"{path}: line {number} is damaged. Remove the line to go on.") from None
+    return records
+
+
+def draw_curves(records: list[Record], path: Path, title: str) -> None:
+    """Loss, accuracy, loss by scale and learning rate over images seen, as one PNG."""
+    train = [record for record in records if record["kind"] == "train"]
+    val = [record for record in records if record["kind"] == "val"]
+    if not train:
+        raise MvarError(f"{title}: no training steps are recorded yet, so there is nothing to draw.")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure.suptitle(title)
+    for axis, key, label in ((axes[0][0], "loss", "cross entropy (nats)"), (axes[0][1], "accuracy", "token accuracy")):
+        axis.plot(*_series(train, key), color="0.8", linewidth=0.8, label="training, each step")
+        axis.plot(*_smooth(*_series(train, key)), color="tab:blue", label="training, smoothed")
+        axis.plot(*_series(val, key), "o-", color="tab:orange", markersize=3, label="validation")
+        axis.set(ylabel=label, xlabel="images seen")
+        axis.legend()
+    _draw_by_scale(axes[1][0], val or train, "validation" if val else "training")
+    axes[1][1].plot(*_series(train, "lr"), color="tab:green")
+    axes[1][1].set(ylabel="learning rate", xlabel="images seen")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_by_scale(axis: Any, records: list[Record], which: str) -> None:
+    scales = len(records[0]["loss_per_scale"])
+    colours = plt.get_cmap("viridis")
+    for scale in range(scales):
+        points = [record["loss_per_scale"][scale] for record in records]
+        colour = colours(scale / max(1, scales - 1))
+        axis.plot([record["samples"] for record in records], points, color=colour, label=f"scale {scale + 1}")
+    axis.set(ylabel=f"cross entropy by scale, {which}", xlabel="images seen")
+    axis.legend(ncols=2, fontsize="small")
+
+
+def _series(records: list[Record], key: str) -> tuple[list[float], list[float]]:
+    kept = [record for record in records if record.get(key) is not None]
+    return [record["samples"] for record in kept], [record[key] for record in kept]
+
+
+def _smooth(x: list[float], y: list[float], share: float = 0.02) -> tuple[list[float], list[float]]:
+    """Exponential mean over about `share` of the points, corrected for its start."""
+    decay = 1 - 1 / max(1.0, share * len(y))
+    mean, weight, out = 0.0, 0.0, []
+    for value in y:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(mean / weight)
+    return x, out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mvar report", description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, help="PNG to write (default RUN/curves.png)")
+    args = parser.parse_args(argv)
+    out = args.out or args.run / "curves.png"
+    draw_curves(read_metrics(args.run / "metrics.jsonl"), out, str(args.run))
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
