@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 import pydantic
 import yaml
@@ -161,8 +161,10 @@ def load(section: type[S], path: Path | None, overrides: Sequence[str] = ()) -> 
 
 def check(section: type[S], tree: dict[str, Any], source: str) -> S:
     """Validate a plain tree against `section`; `source` is named in the ConfigError."""
+    # An absent group is an empty one, so that the message names the keys that are missing in it.
+    groups = {name: {} for name, field in section.model_fields.items() if _is_group(field.annotation)}
     try:
-        return section.model_validate(tree)
+        return section.model_validate(groups | tree)
     except pydantic.ValidationError as error:
         lines = [_explain(section, problem) for problem in error.errors()]
         raise ConfigError(f"bad configuration in {source}:\n  " + "\n  ".join(lines)) from None
@@ -178,12 +180,16 @@ def describe(section: type[Section], prefix: str = "") -> str:
     lines = []
     for name, field in section.model_fields.items():
         dotted = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if _is_group(field.annotation):
             lines.append(describe(field.annotation, f"{dotted}."))
             continue
         default = "required" if field.is_required() else f"default {_show(field.get_default())}"
         lines.append(f"  {dotted:36} {_type_name(field.annotation)}; {default}. {field.description or ''}".rstrip())
     return "\n".join(lines)
+
+
+def _is_group(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _show(value: Any) -> str:
@@ -255,7 +261,7 @@ def _explain(section: type[Section], problem: Any) -> str:
 def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if _is_group(field.annotation):
             keys += _all_keys(field.annotation, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")
