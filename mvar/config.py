@@ -162,7 +162,7 @@ def load(section: type[S], path: Path | None, overrides: Sequence[str] = ()) -> 
 def check(section: type[S], tree: dict[str, Any], source: str) -> S:
     """Validate a plain tree against `section`; `source` is named in the ConfigError."""
     # An absent group is an empty one, so that the message names the keys that are missing in it.
-    groups = {name: {} for name, field in section.model_fields.items() if _is_group(field.annotation)}
+    groups: dict[str, Any] = {name: {} for name, field in section.model_fields.items() if _is_group(field.annotation)}
     try:
         return section.model_validate(groups | tree)
     except pydantic.ValidationError as error:
