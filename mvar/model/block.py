@@ -1,0 +1,90 @@
+"""One M-VAR block: attention inside each scale, Mamba-2 across scales, a feed-forward layer (M-VAR, figure 2).
+
+Shapes: B batch, L tokens, C width, G = 3 residual branches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvar.model.attention import AttentionBackend, ScaleAttention
+from mvar.model.conditioning import modulated_norm, project, projection
+from mvar.model.mamba2 import Mamba2, MambaBackend, MambaState
+from mvar.model.precision import compute_dtype, wide
+
+BRANCHES = 3
+"""Residual branches of a block, in order: attention, Mamba-2, feed-forward."""
+VECTORS = 3 * BRANCHES
+"""Conditioning vectors of a block: gates 1-3, scales 1-3, shifts 1-3."""
+
+
+class FeedForward(nn.Module):
+    """Linear to 4C, GELU (tanh), linear back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """x += gate * branch(LN(x) * (1 + scale) + shift), for each of the three branches in turn."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        l2_norm: bool,
+        shared_conditioning: bool,
+        attention_backend: AttentionBackend,
+        mamba_backend: MambaBackend,
+    ) -> None:
+        super().__init__()
+        self.attn = ScaleAttention(width, heads, l2_norm=l2_norm, backend=attention_backend)
+        self.mamba = Mamba2(width, backend=mamba_backend)
+        self.ffn = FeedForward(width)
+        if shared_conditioning:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, VECTORS, width) / width**0.5)
+        else:
+            self.ada_lin = projection(width, VECTORS)
+        self.shared_conditioning = shared_conditioning
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        cond: Tensor,
+        lengths: tuple[int, ...],
+        drop_path_GB: Tensor | None = None,
+        state: MambaState | None = None,
+    ) -> Tensor:
+        """(B, L, C) wide -> the same.
+
+        `cond`: the class vector (B, C), or with shared conditioning the nine shared vectors (B, 9, C).
+        `lengths`: tokens of each scale that x holds. `drop_path_GB`: multipliers of the branches' output.
+        """
+        dtype = compute_dtype(self.ffn.fc1.weight)
+        vectors_B9C = (
+            cond + self.ada_gss.squeeze(0) if self.shared_conditioning else project(self.ada_lin, cond, VECTORS)
+        )
+        vectors_B9C = vectors_B9C.to(wide(x_BLC.dtype))
+        gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.split(BRANCHES, dim=1))
+        for branch in range(BRANCHES):
+            gate_BC = gates_GBC[branch]
+            if drop_path_GB is not None:
+                gate_BC = gate_BC * drop_path_GB[branch].to(gate_BC).unsqueeze(-1)
+            h_BLC = modulated_norm(x_BLC, scales_GBC[branch], shifts_GBC[branch], dtype)
+            if branch == 0:
+                h_BLC = self.attn(h_BLC, lengths)
+            elif branch == 1:
+                h_BLC = self.mamba(h_BLC, state)
+            else:
+                h_BLC = self.ffn(h_BLC)
+            x_BLC = torch.addcmul(x_BLC, h_BLC.to(x_BLC.dtype), gate_BC.unsqueeze(1))
+        return x_BLC

@@ -1,0 +1,160 @@
+"""Mamba-2 over the whole sequence, coarse scales to fine, with its state handed in and out.
+
+Parameter names and shapes are those of mamba-ssm's `Mamba2`. Two backends compute the same: mamba-ssm's kernels on a
+GPU, plain torch anywhere.
+Shapes: B batch, L tokens, C width, H heads, P head width, N state, K = 2C + 2N convolved channels, W convolution width,
+E = 4C + 2N + H rows of the input projection.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvar.model import mamba_kernels
+from mvar.model.precision import no_autocast, wide
+from mvar.model.ssd import ssd
+
+MambaBackend = Literal["auto", "torch", "mamba_ssm"]
+
+STATE = 64
+HEAD_WIDTH = 64
+EXPAND = 2
+CONV_WIDTH = 4
+NORM_EPS = 1e-5
+
+
+@dataclass
+class MambaState:
+    """What a Mamba-2 layer remembers of the tokens before. Empty at the start; the layer's forward replaces both.
+
+    `tail_BWK`: last CONV_WIDTH - 1 rows of [x, B, C] before the convolution. `ssm_BHPN`: the recurrence's state.
+    Both wide (float32, or float64 for a model in float64).
+    """
+
+    tail_BWK: Tensor | None = None
+    ssm_BHPN: Tensor | None = None
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution of width CONV_WIDTH, then SiLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(CONV_WIDTH)
+        self.weight = nn.Parameter(torch.empty(channels, 1, CONV_WIDTH).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+    def forward(self, x_BLK: Tensor, tail_BWK: Tensor | None) -> Tensor:
+        """(B, L, K) -> (B, L, K); `tail`: the rows before x, zeros if None."""
+        length = x_BLK.shape[1]
+        if tail_BWK is None:
+            padded = F.pad(x_BLK, (0, 0, CONV_WIDTH - 1, 0))
+        else:
+            padded = torch.cat((tail_BWK.to(x_BLK.dtype), x_BLK), dim=1)
+        weight_WK = self.weight.to(x_BLK.dtype).squeeze(1).t()
+        out = self.bias.to(x_BLK.dtype)
+        for tap in range(CONV_WIDTH):
+            out = torch.addcmul(out, padded[:, tap : tap + length], weight_WK[tap])
+        return F.silu(out)
+
+
+class GatedNorm(nn.Module):
+    """RMS norm of y * SiLU(z): the gate comes before the norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Two (..., channels) tensors -> one of the same dtype; the statistics are wide."""
+        gated = y.to(wide(y.dtype)) * F.silu(z.to(wide(z.dtype)))
+        return F.rms_norm(gated, gated.shape[-1:], self.weight.to(gated.dtype), NORM_EPS).to(y.dtype)
+
+
+class Mamba2(nn.Module):
+    """One Mamba-2 mixer. Raises BackendError if `backend` names kernels that are not installed."""
+
+    def __init__(self, width: int, *, backend: MambaBackend = "auto") -> None:
+        super().__init__()
+        inner = EXPAND * width
+        heads = inner // HEAD_WIDTH
+        self.inner, self.heads, self.backend = inner, heads, backend
+        if backend == "mamba_ssm":
+            mamba_kernels.kernels()
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.in_proj = nn.Linear(width, 2 * inner + 2 * STATE + heads, bias=False)
+        self.conv1d = CausalConv(inner + 2 * STATE)
+        self.norm = GatedNorm(inner)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, u_BLC: Tensor, state: MambaState | None = None) -> Tensor:
+        """(B, L, C) -> (B, L, C). With `state`, goes on from it and leaves in it the state after the last token."""
+        zxbcdt_BLE = self.in_proj(u_BLC)
+        with no_autocast(u_BLC):
+            if self._use_kernels(zxbcdt_BLE):
+                mixed = self._mix_kernels(zxbcdt_BLE, state)
+            else:
+                mixed = self._mix_torch(zxbcdt_BLE, state)
+        out: Tensor = self.out_proj(mixed)
+        return out
+
+    def _use_kernels(self, x: Tensor) -> bool:
+        if self.backend == "mamba_ssm":
+            mamba_kernels.check_device(x)
+            return True
+        return self.backend == "auto" and x.is_cuda and x.dtype != torch.float64 and mamba_kernels.available()
+
+    def _mix_torch(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
+        z, xBC_BLK, dt_BLH = zxbcdt_BLE.split((self.inner, self.inner + 2 * STATE, self.heads), dim=-1)
+        dtype = wide(zxbcdt_BLE.dtype)
+        tail = state.tail_BWK if state is not None else None
+        conv_BLK = self.conv1d(xBC_BLK, tail)
+        x, B_BLN, C_BLN = conv_BLK.split((self.inner, STATE, STATE), dim=-1)
+        x_BLHP = x.unflatten(-1, (self.heads, HEAD_WIDTH))
+        dt_BLH = F.softplus(dt_BLH.to(dtype) + self.dt_bias.to(dtype))
+        A_H = -self.A_log.to(dtype).exp()
+        y_BLHP, ssm_BHPN = ssd(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state.ssm_BHPN if state is not None else None)
+        y_BLHP = torch.addcmul(y_BLHP, x_BLHP, self.D.to(y_BLHP.dtype).unsqueeze(-1))
+        if state is not None:
+            state.tail_BWK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
+        mixed: Tensor = self.norm(y_BLHP.flatten(2), z)
+        return mixed
+
+    def _mix_kernels(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
+        dtype = wide(zxbcdt_BLE.dtype)
+        A_H, D_H, dt_bias_H = -self.A_log.to(dtype).exp(), self.D.to(dtype), self.dt_bias.to(dtype)
+        weight_KW, bias_K = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if state is None and mamba_kernels.fusable(zxbcdt_BLE):
+            return mamba_kernels.fused_mixer(
+                zxbcdt_BLE, weight_KW, bias_K, dt_bias_H, A_H, D_H, self.norm.weight, NORM_EPS, HEAD_WIDTH
+            )
+        z, xBC_BLK, dt_BLH = zxbcdt_BLE.split((self.inner, self.inner + 2 * STATE, self.heads), dim=-1)
+        tail, ssm_BHPN = (None, None) if state is None else (state.tail_BWK, state.ssm_BHPN)
+        conv_BLK = mamba_kernels.convolve(xBC_BLK, weight_KW, bias_K, tail)
+        x, B_BLN, C_BLN = conv_BLK.split((self.inner, STATE, STATE), dim=-1)
+        x_BLHP = x.unflatten(-1, (self.heads, HEAD_WIDTH))
+        y_BLHP, ssm_BHPN = mamba_kernels.scan(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, dt_bias_H, ssm_BHPN)
+        if state is not None:
+            state.tail_BWK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
+        mixed: Tensor = self.norm(y_BLHP.flatten(2), z)
+        return mixed
+
+
+def _tail(xBC_BLK: Tensor, before_BWK: Tensor | None) -> Tensor:
+    """The last CONV_WIDTH - 1 rows seen so far, wide; zeros stand for rows before the first token."""
+    rows = CONV_WIDTH - 1
+    recent = xBC_BLK[:, -rows:].to(wide(xBC_BLK.dtype))
+    missing = rows - recent.shape[1]
+    if not missing:
+        return recent.clone()  # a view would keep the whole projection alive
+    if before_BWK is None:
+        return F.pad(recent, (0, 0, missing, 0))
+    return torch.cat((before_BWK[:, -missing:], recent), dim=1)

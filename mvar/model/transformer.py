@@ -1,0 +1,213 @@
+"""M-VAR (arXiv 2411.10433): the next-scale transformer, for training, evaluation and sampling through one forward path.
+
+Shapes: B batch, L tokens of the scales at hand, C width, V vocabulary, S scales, D depth, G residual branches of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mvar.config import ModelConfig
+from mvar.errors import ConfigError
+from mvar.model.attention import AttentionBackend
+from mvar.model.block import VECTORS, Block
+from mvar.model.conditioning import ConditionedNorm, project, projection
+from mvar.model.mamba2 import HEAD_WIDTH, MambaBackend, MambaState
+from mvar.model.precision import WideEmbedding, WideLinear
+from mvar.scales import PATCH_NUMS_256, ScalePyramid
+
+ActivationCheckpointing = Literal["off", "every"] | int
+
+
+@dataclass
+class DecodeState:
+    """What the model remembers between scales: one Mamba state for each block. There is nothing else to keep."""
+
+    blocks: list[MambaState] = field(default_factory=list)
+    next_scale: int = 0
+
+
+def drop_path_rates(depth: int, last: float) -> list[float]:
+    """Probability that a block's branches are dropped, rising linearly from 0 to `last`."""
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
+class MVAR(nn.Module):
+    """The transformer over a pyramid of token maps.
+
+    `width` defaults to 64 x depth and `heads` to depth. `activation_checkpointing`: "off", "every" block is recomputed
+    in the backward pass, or every n-th. A fresh model has torch's default initialisation; see `mvar.model.init`.
+    Raises ConfigError for an impossible geometry and BackendError for kernels that are asked for and missing.
+    """
+
+    def __init__(
+        self,
+        depth: int = 16,
+        num_classes: int = 1000,
+        patch_nums: Sequence[int] = PATCH_NUMS_256,
+        vocab_size: int = 4096,
+        latent_channels: int = 32,
+        *,
+        width: int | None = None,
+        heads: int | None = None,
+        attn_l2_norm: bool = True,
+        shared_conditioning: bool = False,
+        attention_backend: AttentionBackend = "auto",
+        mamba_backend: MambaBackend = "auto",
+        activation_checkpointing: ActivationCheckpointing = "off",
+    ) -> None:
+        super().__init__()
+        width = 64 * depth if width is None else width
+        heads = depth if heads is None else heads
+        if depth < 1 or heads < 1 or width < 1 or width % heads or width % (HEAD_WIDTH // 2):
+            raise ConfigError(
+                f"model: depth {depth}, width {width}, heads {heads}: width must be a multiple of heads and of "
+                f"{HEAD_WIDTH // 2} (half of a Mamba-2 head), and all positive."
+            )
+        self.depth, self.width, self.heads = depth, width, heads
+        self.num_classes, self.vocab_size, self.latent_channels = num_classes, vocab_size, latent_channels
+        self.attn_l2_norm, self.shared_conditioning = attn_l2_norm, shared_conditioning
+        self.pyramid = ScalePyramid(tuple(patch_nums))
+        self.activation_checkpointing = activation_checkpointing
+
+        self.pos_start = nn.Parameter(torch.zeros(1, self.pyramid.lengths[0], width))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, self.pyramid.total, width))
+        self.word_embed = WideLinear(latent_channels, width)
+        self.class_emb = WideEmbedding(num_classes + 1, width)
+        self.lvl_embed = WideEmbedding(self.pyramid.num_scales, width)
+        if shared_conditioning:
+            self.shared_ada_lin = projection(width, VECTORS)
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                l2_norm=attn_l2_norm,
+                shared_conditioning=shared_conditioning,
+                attention_backend=attention_backend,
+                mamba_backend=mamba_backend,
+            )
+            for _ in range(depth)
+        )
+        self.head_nm = ConditionedNorm(width)
+        self.head = WideLinear(width, vocab_size)
+        self.register_load_state_dict_pre_hook(_drop_published_buffers)
+
+    @classmethod
+    def from_config(
+        cls, config: ModelConfig, *, num_classes: int, activation_checkpointing: ActivationCheckpointing = "off"
+    ) -> MVAR:
+        """The model that a configuration describes, for `num_classes` labels."""
+        return cls(
+            config.depth,
+            num_classes,
+            config.patch_nums,
+            config.vocab_size,
+            config.latent_channels,
+            width=config.width,
+            heads=config.heads,
+            attn_l2_norm=config.attn_l2_norm,
+            shared_conditioning=config.shared_conditioning,
+            attention_backend=config.attention_backend,
+            mamba_backend=config.mamba_backend,
+            activation_checkpointing=activation_checkpointing,
+        )
+
+    def forward(
+        self,
+        labels_B: Tensor,
+        x_BLC: Tensor | None,
+        *,
+        drop_path_DGB: Tensor | None = None,
+        state: DecodeState | None = None,
+        scales: range | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V), wide, of every token of `scales`.
+
+        `labels_B`: int64 classes; num_classes stands for "no class". `x_BLC`: (B, L, latent_channels) inputs of the
+        tokens of `scales`, where the coarsest scale has none (None will do when it is alone). `drop_path_DGB`: (depth,
+        3, B) multipliers of the residual branches. Without `state`, `scales` is the whole pyramid. With a fresh
+        DecodeState the scales may be given a few at a time, in order; each call leaves the state for the next.
+        """
+        scales = self._check_scales(scales, state)
+        cond_BC = self.class_emb(labels_B)
+        h_BLC = self._embed(cond_BC, x_BLC, scales)
+        shared = project(self.shared_ada_lin, cond_BC, VECTORS) if self.shared_conditioning else cond_BC
+        lengths = self.pyramid.lengths[scales.start : scales.stop]
+        for index, block in enumerate(self.blocks):
+            drop = None if drop_path_DGB is None else drop_path_DGB[index]
+            memory = None if state is None else state.blocks[index]
+            if memory is None and self._recomputes(index):
+                h_BLC = checkpoint(
+                    block, h_BLC, shared, lengths, drop, use_reentrant=False, preserve_rng_state=False
+                )  # the model draws nothing at random, so there is no generator state to preserve
+            else:
+                h_BLC = block(h_BLC, shared, lengths, drop, memory)
+        if state is not None:
+            state.next_scale = scales.stop
+        logits_BLV: Tensor = self.head(self.head_nm(h_BLC, cond_BC))
+        return logits_BLV
+
+    def _check_scales(self, scales: range | None, state: DecodeState | None) -> range:
+        first = 0 if state is None else state.next_scale
+        last = self.pyramid.num_scales
+        scales = range(first, last) if scales is None else scales
+        if scales.start != first or not first < scales.stop <= last or scales.step != 1:
+            raise ValueError(f"scales: got {scales}, expected a range that begins at {first} and ends by {last}")
+        if state is not None and not state.blocks:
+            state.blocks = [MambaState() for _ in self.blocks]
+        return scales
+
+    def _embed(self, cond_BC: Tensor, x_BLC: Tensor | None, scales: range) -> Tensor:
+        """Token embeddings: the class at the coarsest scale, the coarser scales' codes elsewhere; position and level."""
+        lengths, offsets = self.pyramid.lengths, self.pyramid.offsets
+        parts = []
+        if scales.start == 0:
+            parts.append(cond_BC.unsqueeze(1) + self.pos_start.to(cond_BC.dtype))
+        if scales.stop > max(scales.start, 1):
+            expected = offsets[scales.stop] - offsets[max(scales.start, 1)]
+            if x_BLC is None or x_BLC.shape[1:] != (expected, self.latent_channels):
+                got = "none" if x_BLC is None else tuple(x_BLC.shape)
+                raise ValueError(f"x_BLC: got {got}, expected (B, {expected}, {self.latent_channels}) for {scales}")
+            parts.append(self.word_embed(x_BLC))
+        levels_SC = self.lvl_embed(torch.arange(scales.start, scales.stop, device=cond_BC.device))
+        level_LC = torch.cat([levels_SC[i].expand(lengths[s], -1) for i, s in enumerate(scales)])
+        place_LC = self.pos_1LC[0, offsets[scales.start] : offsets[scales.stop]].to(cond_BC.dtype)
+        return torch.cat(parts, dim=1) + (level_LC + place_LC)
+
+    def _recomputes(self, index: int) -> bool:
+        every = self.activation_checkpointing
+        if every == "off" or not torch.is_grad_enabled():
+            return False
+        return every == "every" or index % int(every) == 0
+
+
+PUBLISHED_BUFFERS = ("attn_bias_for_masking", "lvl_1L", "attn.zero_k_bias", "attn.patch_nums")
+"""Constants that published files store among the weights."""
+
+
+def _drop_published_buffers(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and key.endswith(PUBLISHED_BUFFERS)]:
+        del state[key]
+
+
+def published_state_dict(model: MVAR) -> dict[str, Tensor]:
+    """The model's weights under the published names, with the constants that published files store among them."""
+    lengths = torch.tensor(model.pyramid.lengths)
+    level_L = torch.arange(len(lengths)).repeat_interleave(lengths)
+    outside = level_L.unsqueeze(0) != level_L.unsqueeze(1)
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        state[name] = value
+        if name == "pos_1LC":
+            state["lvl_1L"] = level_L.unsqueeze(0)
+            state["attn_bias_for_masking"] = torch.zeros(1, 1, *outside.shape).masked_fill(outside, -torch.inf)
+        if name.endswith("attn.v_bias"):
+            state[name.replace("v_bias", "zero_k_bias")] = torch.zeros(model.width)
+            state[name.replace("v_bias", "patch_nums")] = lengths.to(torch.int32)
+    return state
