@@ -24,6 +24,8 @@ SPLITS = ("train", "val")
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"},
 )
+MAX_KEY = 88
+"""Characters of a key, at most."""
 Background = Literal["white", "black", "drop"]
 """What shows through transparent pixels: white, black, or whatever colour is stored under them."""
 
@@ -151,6 +153,10 @@ class ImageFolder:
         """The training images."""
         return self.splits["train"]
 
+    def read_rgb(self, path: str | Path) -> Image.Image:
+        """The picture of an item, mode RGB. Raises ImageError."""
+        return self.reader(path)
+
 
 def held_out(key: str, fraction: float) -> bool:
     """Whether an image belongs to a validation split of that size: a hash of its key, the same everywhere."""
@@ -162,10 +168,14 @@ def tar_key(relative: str) -> str:
     """A relative path as a sample's key: letters, digits, `_`, `-`, `/` stay, the rest is percent-encoded.
 
     Readers of webdataset tars cut a member's name at its first dot and skip names like `__x__`; keys have neither.
+    Long paths keep their beginning and end in a hash, so that every member's name fits into a plain tar header.
     """
     safe = re.compile(r"[A-Za-z0-9_/-]")
     quoted = "".join(chr(b) if safe.match(chr(b)) else f"%{b:02X}" for b in os.fsencode(relative))
-    return re.sub(r"(^|/)__", r"\1%5F_", quoted)
+    key = re.sub(r"(^|/)__", r"\1%5F_", quoted)
+    if len(key) <= MAX_KEY:
+        return key
+    return f"{key[: MAX_KEY - 17]}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
 def _split_by_key(items: tuple[Item, ...], fraction: float) -> dict[str, tuple[Item, ...]]:
