@@ -162,6 +162,11 @@ class Quantizer(nn.Module):
         with torch.no_grad(), torch.autocast(rows_NC.device.type, enabled=False):
             return self._nearest(rows_NC.float(), self._half_norms_V())
 
+    def shrunk(self, f_BChw: Tensor, scale: int) -> Tensor:
+        """Averages over areas of a feature map (B, C, side, side), as many as the token map of `scale` has tokens."""
+        side = self.patch_nums[scale]
+        return f_BChw if side == self.side else F.interpolate(f_BChw, size=(side, side), mode="area")
+
     # ---- features from codes
 
     def start(self, batch: int, device: torch.device | str | None = None) -> Tensor:
@@ -176,11 +181,16 @@ class Quantizer(nn.Module):
         Returns the new reconstruction and what the transformer is fed for the next scale, (B, L of the next, C)
         float32; None after the last scale. `f_hat_BChw` itself is left alone.
         """
+        return self.add_words(f_hat_BChw, self._words(codes_BLk, scale), scale)
+
+    @torch.no_grad()
+    def add_words(self, f_hat_BChw: Tensor, words_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """As `add_scale`, from vectors (B, Lk, C) that need not be words: smoothed sampling mixes words."""
         with torch.autocast(f_hat_BChw.device.type, enabled=False):
-            f_hat_BChw = f_hat_BChw + self._contribution(codes_BLk, scale)
+            f_hat_BChw = f_hat_BChw + self._mended(words_BLC, scale)
             if scale + 1 == self.pyramid.num_scales:
                 return f_hat_BChw, None
-            return f_hat_BChw, _rows_BLC(self._shrunk(f_hat_BChw, scale + 1))
+            return f_hat_BChw, _rows_BLC(self.shrunk(f_hat_BChw, scale + 1))
 
     @torch.no_grad()
     def inputs_from_codes(self, codes_BL: Tensor) -> Tensor:
@@ -233,9 +243,9 @@ class Quantizer(nn.Module):
             f_hat_BChw = torch.zeros_like(f_BChw)
             codes_k, f_hats_k, residuals_k = [], [], []
             for scale in range(self.pyramid.num_scales):
-                rows_NC = _rows_BLC(self._shrunk(rest_BChw, scale)).reshape(-1, self.latent_channels)
+                rows_NC = _rows_BLC(self.shrunk(rest_BChw, scale)).reshape(-1, self.latent_channels)
                 codes_BLk = self._nearest(rows_NC, half_norms_V).view(f_BChw.shape[0], -1)
-                h_BChw = self._contribution(codes_BLk, scale)
+                h_BChw = self._mended(self._words(codes_BLk, scale), scale)
                 f_hat_BChw = f_hat_BChw + h_BChw
                 rest_BChw = rest_BChw - h_BChw.detach()
                 codes_k.append(codes_BLk)
@@ -243,19 +253,19 @@ class Quantizer(nn.Module):
                 residuals_k.append(rows_NC)
         return _Steps(tuple(codes_k), tuple(f_hats_k), tuple(residuals_k))
 
-    def _shrunk(self, f_BChw: Tensor, scale: int) -> Tensor:
-        """Averages over areas, down to the token map of `scale`."""
-        side = self.patch_nums[scale]
-        return f_BChw if side == self.side else F.interpolate(f_BChw, size=(side, side), mode="area")
-
-    def _contribution(self, codes_BLk: Tensor, scale: int) -> Tensor:
-        """What the codes of one scale add to the feature map: words, enlarged by bicubic interpolation, through phi."""
-        side = self.patch_nums[scale]
-        if codes_BLk.dim() != 2 or codes_BLk.shape[1] != side * side:
+    def _words(self, codes_BLk: Tensor, scale: int) -> Tensor:
+        """Codes of one scale (B, Lk) -> their words (B, Lk, C)."""
+        length = self.pyramid.lengths[scale]
+        if codes_BLk.dim() != 2 or codes_BLk.shape[1] != length:
             raise TokenizerError(
-                f"codes of scale {scale}: got shape {list(codes_BLk.shape)}, expected (batch, {side * side})."
+                f"codes of scale {scale}: got shape {list(codes_BLk.shape)}, expected (batch, {length})."
             )
         words_BLC: Tensor = self.embedding(codes_BLk)
+        return words_BLC
+
+    def _mended(self, words_BLC: Tensor, scale: int) -> Tensor:
+        """What one scale adds to the feature map: its words, enlarged by bicubic interpolation, through phi."""
+        side = self.patch_nums[scale]
         h_BChw = words_BLC.float().transpose(1, 2).reshape(-1, self.latent_channels, side, side)
         if side != self.side:
             h_BChw = F.interpolate(h_BChw, size=(self.side, self.side), mode="bicubic")
