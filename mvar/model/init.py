@@ -1,0 +1,124 @@
+"""The weights a training starts from. Every parameter is a pure function of (seed, its name, its shape).
+
+So it does not matter in which order, on how many ranks or under which ZeRO stage parameters are filled. C is the
+model's width, D its depth. Two recipes, `fixed` and `published`; they differ where the published one forgets something:
+`fixed` also divides Mamba's output projection by sqrt(2D), also scales the third gate's rows by `init_gamma`, and with
+shared conditioning also scales the shared layer, as it does each block's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mvar.model.attention import INITIAL_LOG_SCALE
+from mvar.model.block import BRANCHES
+from mvar.model.mamba2 import CONV_WIDTH
+from mvar.model.transformer import MVAR
+
+InitRecipe = Literal["fixed", "published"]
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+"""Mamba's step sizes at the start: log-uniform between the first two, never below the third."""
+A_MIN, A_MAX = 1.0, 16.0
+"""Mamba's decay rates at the start: uniform."""
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """Initial values for a model of this depth and width."""
+
+    seed: int
+    depth: int
+    width: int
+    init: InitRecipe = "fixed"
+    init_gamma: float = 1e-3
+    init_head: float = 0.02
+    init_conditioning: float = 0.5
+
+    def value(self, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """The initial float32 value, on the CPU, of the parameter `name` of MVAR."""
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        leaf = name.removeprefix("blocks.").partition(".")[2] if name.startswith("blocks.") else name
+        value = self._draw(leaf, tuple(shape), generator)
+        scale = self._scale(leaf)
+        if scale is not None:
+            value *= scale
+        elif leaf in ("ada_lin.1.weight", "ada_gss", "shared_ada_lin.1.weight"):
+            self._scale_vectors(leaf, value)
+        return value
+
+    def _draw(self, leaf: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        def uniform(low: float, high: float) -> Tensor:
+            return torch.rand(shape, generator=generator) * (high - low) + low
+
+        if leaf == "attn.scale_mul_1H11":
+            return torch.full(shape, INITIAL_LOG_SCALE)
+        if leaf == "mamba.A_log":
+            return uniform(A_MIN, A_MAX).log()
+        if leaf == "mamba.dt_bias":
+            dt = uniform(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp_min(DT_FLOOR)
+            return dt + torch.log(-torch.expm1(-dt))  # softplus of this is dt
+        if leaf in ("mamba.D", "mamba.norm.weight"):
+            return torch.ones(shape)
+        if leaf.startswith("mamba.conv1d."):
+            return uniform(-(CONV_WIDTH**-0.5), CONV_WIDTH**-0.5)
+        if leaf.endswith("bias"):
+            return torch.zeros(shape)
+        std = self.width**-0.5 if leaf == "ada_gss" else (3 * self.width) ** -0.5
+        # The published normal distribution is cut at +-2, dozens of standard deviations away.
+        return torch.randn(shape, generator=generator).mul_(std).clamp_(-2, 2)
+
+    def _scale(self, leaf: str) -> float | None:
+        if leaf in ("attn.proj.weight", "ffn.fc2.weight"):
+            return (2 * self.depth) ** -0.5
+        if leaf == "mamba.out_proj.weight" and self.init == "fixed":
+            return (2 * self.depth) ** -0.5
+        return {"head.weight": self.init_head, "head_nm.ada_lin.1.weight": self.init_conditioning}.get(leaf)
+
+    def _scale_vectors(self, leaf: str, value: Tensor) -> None:
+        """Gates start small, scales and shifts moderate. The nine vectors are rows of a weight, or ada_gss itself."""
+        if leaf == "shared_ada_lin.1.weight" and self.init == "published":
+            return
+        rows = value.view(-1, self.width) if leaf == "ada_gss" else value.view(3 * BRANCHES, self.width, -1)
+        gates = BRANCHES if self.init == "fixed" else BRANCHES - 1
+        rows[:gates] *= self.init_gamma
+        rows[gates:] *= self.init_conditioning
+
+
+def initial_value(
+    name: str,
+    shape: tuple[int, ...] | torch.Size,
+    seed: int,
+    *,
+    depth: int,
+    width: int,
+    init: InitRecipe = "fixed",
+    init_gamma: float = 1e-3,
+    init_head: float = 0.02,
+    init_conditioning: float = 0.5,
+) -> Tensor:
+    """The initial float32 value, on the CPU, of one parameter: what `init_weights_` copies, one name at a time."""
+    return Initializer(seed, depth, width, init, init_gamma, init_head, init_conditioning).value(name, shape)
+
+
+@torch.no_grad()
+def init_weights_(
+    model: MVAR,
+    seed: int,
+    *,
+    init: InitRecipe = "fixed",
+    init_gamma: float = 1e-3,
+    init_head: float = 0.02,
+    init_conditioning: float = 0.5,
+) -> None:
+    """Fill every parameter of `model` in place, in whatever dtype and on whatever device it is."""
+    initializer = Initializer(seed, model.depth, model.width, init, init_gamma, init_head, init_conditioning)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initializer.value(name, parameter.shape))
