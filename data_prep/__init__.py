@@ -1,1 +1,3 @@
-"""Offline tokenization: image sources -> code store. One module per step of the job."""
+"""Images to code stores."""
+
+import mvar  # noqa: F401  Sets how threads wait, before torch is loaded.

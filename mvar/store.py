@@ -18,7 +18,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pydantic
@@ -97,6 +97,7 @@ class Manifest(_Record):
     source: SourceInfo
     transform: dict[str, Any]
     encoding: dict[str, Any]
+    statistics: dict[str, Any]
     job_sha256: str
     index: FileInfo
     quantizer: FileInfo
@@ -308,13 +309,12 @@ def codes_header(views: int, tokens: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_index(path: Path, tables: dict[str, IndexTable]) -> None:
+def write_index(file: IO[bytes], tables: dict[str, IndexTable]) -> None:
     """Write index.npz (uncompressed, reproducible bytes)."""
     arrays: dict[str, Any] = {}
     for split, table in tables.items():
         arrays |= {f"{split}_shard": table.shard_N, f"{split}_offset": table.offset_N, f"{split}_label": table.label_N}
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
+    np.savez(file, **arrays)
 
 
 def read_index(path: Path) -> dict[str, IndexTable]:

@@ -1,0 +1,1 @@
+import mvar  # noqa: F401  Sets how threads wait, before a test loads torch.

@@ -1,0 +1,99 @@
+"""Files that are complete or absent: a temporary name, sync, rename, sync of the folder.
+
+A temporary is locked while its writer lives, so that another process can tell a stale one from one in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mvar.errors import StoreError
+
+STALE_AFTER_S = 3600.0
+"""Age at which a temporary of another host is stale, where locks may not reach from host to host."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and vanishes when it raises. Raises StoreError.
+
+    Several processes may write the same path at once: each has its own temporary, the last rename wins.
+    """
+    try:
+        file, temporary = _create(path)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror or error}). Make room or give a writable folder, "
+            "then run the same command again: what is complete is kept."
+        ) from None
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole small file so that it is complete or absent. Raises StoreError."""
+    with writing(path) as file:
+        file.write(data)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents. Raises StoreError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"folder {path}: cannot be made ({error.strerror}). Give a writable place.") from None
+
+
+def remove_stale(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> int:
+    """Remove temporaries that dead processes left in `folder`; returns how many. Those in use stay."""
+    removed = 0
+    for temporary in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError), temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # Raises while the writer lives.
+            here = temporary.name.split("~")[1:2] == [_host()]
+            if here or time.time() - temporary.stat().st_mtime > stale_after_s:
+                temporary.unlink()
+                removed += 1
+    return removed
+
+
+def _create(path: Path) -> tuple[BinaryIO, Path]:
+    while True:
+        temporary = path.with_name(f".{path.name}~{_host()}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
+        file = temporary.open("xb")
+        with contextlib.suppress(OSError):  # File systems without locks: the age decides.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(temporary).st_ino == os.fstat(file.fileno()).st_ino:
+                return file, temporary
+        file.close()  # Somebody took it for stale between its creation and its lock.
+
+
+def _host() -> str:
+    return socket.gethostname().replace("~", "-").replace("/", "-")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

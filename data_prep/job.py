@@ -1,0 +1,238 @@
+"""The tokenize job: its configuration, and what all its tasks have to agree on before one writes a shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from data_prep.disk import make_folder, write_file
+from data_prep.sources import Background, ImageFolder, Source
+from data_prep.views import RESIZE, ViewPlan
+from mvar.config import Fraction, Section
+from mvar.errors import StoreError
+from mvar.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo, sha256_of
+from mvar.tokenizer.files import save_quantizer
+from mvar.tokenizer.vqvae import VQVAE
+
+FORMAT_VERSION = 1
+LAST_TASKS = "tasks.txt"
+"""How many tasks the job was last divided into: only to name the tasks that have to run again."""
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare `off` as false.
+
+
+class ViewsConfig(Section):
+    """The views of a training image. A validation image always has one: the centre."""
+
+    random_crops: NonNegativeInt = Field(1, description="random crops of each image")
+    center: bool = Field(False, description="add the centre crop")
+    ten_crop: bool = Field(False, description="add the centre and the corners, each with its mirror image")
+    hflip: Annotated[Literal["off", "both"], pydantic.BeforeValidator(_off)] = Field(
+        "off", description="both: store the mirror image of every view as well"
+    )
+    resize: Annotated[float, Field(ge=1.0)] = Field(
+        RESIZE, description="shorter side before cropping, in crop sizes (published: 1.125; 1: no margin)"
+    )
+
+
+class TokenizeConfig(Section):
+    """Everything `mvar tokenize` can be told."""
+
+    source: Path = Field(description="image folder: class sub-folders, or train/ and val/ with class sub-folders")
+    tokenizer: Path = Field(description="tokenizer file (.safetensors, or the published .pth)")
+    store: Path = Field(description="folder of the code store that is made")
+    patch_nums: tuple[PositiveInt, ...] | None = Field(
+        None, description="sides of the token maps, where the tokenizer's file does not say (published .pth)"
+    )
+    views: ViewsConfig = Field(default_factory=lambda: ViewsConfig())
+    val_fraction: Fraction = Field(0.0, description="share of images held out, where the source has no val/")
+    background: Background = Field("white", description="what shows through transparent pixels")
+    seed: NonNegativeInt = Field(0, description="seed of the crops and of the order of images in the store")
+    shuffle: bool = Field(True, description="mix the classes within and over the shards, for sequential readers")
+    shard_samples: PositiveInt = Field(4096, description="images in a shard, at most")
+    batch: PositiveInt = Field(16, description="views encoded at once (part of what makes the codes reproducible)")
+    precision: Literal["fp32"] = Field("fp32", description="arithmetic of the encoder (without TF32)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the encoder runs")
+    threads: PositiveInt | None = Field(None, description="CPU threads of the encoder; default: all cores")
+    workers: NonNegativeInt | None = Field(None, description="images decoded at once; default: all cores; 0: in line")
+    decoders: Literal["threads", "processes"] = Field("threads", description="what the workers are")
+
+    def train_plan(self, size: int) -> ViewPlan:
+        """The views of a training image. Raises ConfigError."""
+        views = self.views
+        return ViewPlan(size, views.resize, views.random_crops, views.center, views.ten_crop, views.hflip)
+
+    def val_plan(self, size: int) -> ViewPlan:
+        return ViewPlan(size, self.views.resize, random_crops=0, center=True)
+
+
+class ShardPlan(NamedTuple):
+    """Shard `number` of the whole job: places [first, first + samples) of a split."""
+
+    number: int
+    name: str
+    split: str
+    first: int
+    samples: int
+
+
+class SplitPlan(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    samples: int
+    views: tuple[str, ...]
+
+
+class Job(pydantic.BaseModel):
+    """All that a shard's bytes depend on, besides its number. The first task writes it, the others compare.
+
+    How the job is cut into tasks, decoded and run is not in here, and must not change a byte.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    format: Literal["mvar-tokenize-job"] = "mvar-tokenize-job"
+    format_version: int = FORMAT_VERSION
+    tokenizer: TokenizerInfo
+    quantizer: FileInfo
+    source: SourceInfo
+    classes: tuple[str, ...]
+    transform: dict[str, Any]
+    encoding: dict[str, Any]
+    shard_samples: int
+    splits: dict[str, SplitPlan]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def to_json(self) -> bytes:
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+    def shards(self) -> list[ShardPlan]:
+        """All shards of the job, training first; their places in the list are their numbers."""
+        plans: list[ShardPlan] = []
+        for split, info in self.splits.items():
+            for begin in range(0, info.samples, self.shard_samples):
+                name = f"{split}-{begin // self.shard_samples:06d}.tar"
+                samples = min(self.shard_samples, info.samples - begin)
+                plans.append(ShardPlan(len(plans), name, split, begin, samples))
+        return plans
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """The job of a store. Raises StoreError."""
+        path = folder / JOB
+        try:
+            return cls.model_validate(json.loads(path.read_bytes()))
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be read ({error.strerror}). Give the folder that `mvar tokenize` wrote as store=..."
+            ) from None
+        except ValueError as error:
+            raise StoreError(
+                f"{path}: not a tokenize job of this version ({str(error).splitlines()[0]}). "
+                "Remove it and run the tokenize command again; shards of the same job are kept."
+            ) from None
+
+
+def open_source(config: TokenizeConfig) -> Source:
+    """The images to tokenize. Raises ImageError."""
+    return ImageFolder(config.source, val_fraction=config.val_fraction, background=config.background)
+
+
+def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> Job:
+    """What this configuration makes of this source. Raises StoreError when codes do not fit into 16 bits."""
+    if vqvae.vocab_size > 1 << 16:
+        raise StoreError(f"tokenizer {config.tokenizer}: {vqvae.vocab_size} words, a store's codes have 16 bits.")
+    train, val = config.train_plan(vqvae.image_size), config.val_plan(vqvae.image_size)
+    plans = {"train": train, "val": val}
+    return Job(
+        tokenizer=TokenizerInfo(sha256=sha256_of(config.tokenizer), geometry=vqvae.geometry),
+        quantizer=FileInfo(name=QUANTIZER, bytes=len(quantizer), sha256=hashlib.sha256(quantizer).hexdigest()),
+        source=SourceInfo(**source.fingerprint._asdict()),
+        classes=source.classes,
+        transform=train.describe() | {"background": config.background},
+        encoding={
+            "precision": config.precision,
+            "batch": config.batch,
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "val_fraction": config.val_fraction,
+        },
+        shard_samples=config.shard_samples,
+        splits={
+            split: SplitPlan(samples=len(items), views=plans[split].names) for split, items in source.splits.items()
+        },
+    )
+
+
+def quantizer_bytes(vqvae: VQVAE) -> bytes:
+    """The file of the tokenizer's quantizer that goes into the store: equal weights give equal bytes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / QUANTIZER
+        save_quantizer(path, vqvae.quantizer)
+        return path.read_bytes()
+
+
+def pin(folder: Path, job: Job, quantizer: bytes) -> None:
+    """Make `job` the store's job, or check that it already is. Raises StoreError that names what differs."""
+    make_folder(folder)
+    path = folder / JOB
+    if not path.exists():
+        write_file(path, job.to_json())
+    pinned = Job.read(folder)
+    if pinned.to_json() != job.to_json():
+        differing = differences(pinned.model_dump(mode="json"), job.model_dump(mode="json"))
+        raise StoreError(
+            f"code store {folder} is being made by another job. Differing: {'; '.join(differing)}. "
+            "Run with the same configuration, source and tokenizer, or give another store=..."
+        )
+    path = folder / QUANTIZER
+    if not path.exists() or path.read_bytes() != quantizer:
+        write_file(path, quantizer)
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line for each differing leaf of two trees."""
+    lines = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        left, right = theirs.get(key), ours.get(key)
+        if left == right:
+            continue
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            lines += differences(left, right, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key}: the store has {_short(left)}, this command {_short(right)}")
+    return lines
+
+
+def array_list(numbers: set[int]) -> str:
+    """Task numbers as Slurm's --array wants them: 0,3-5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
