@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_prep.sources import ImageFolder
-from data_prep.views import centre_view
+from data_prep.views import RESIZE, centre_view
 from mvar.classifier import Classifier, fit, judge, load_classifier, save_classifier
 from mvar.cli import run_command
 from mvar.errors import ImageError, MvarError
@@ -34,10 +34,13 @@ class LabelledImages:
     labels_N: Tensor
 
 
-def read_folder(folder: ImageFolder, size: int) -> LabelledImages:
-    """Every image of a class folder, resized and cropped at the centre to `size` pixels."""
-    views = [centre_view(folder.read_rgb(item.path), size) for item in folder.items]
-    return LabelledImages(np.stack(views), torch.tensor([item.label for item in folder.items]))
+def read_split(folder: ImageFolder, split: str, size: int, resize: float) -> LabelledImages:
+    """The centre view of every image of a split (resize: see data_prep.views)."""
+    items = folder.splits[split]
+    if not items:
+        raise ImageError(f"images {folder.root}: nothing is held out. Set --val-fraction, or add a val/ folder.")
+    views = [centre_view(folder.reader(item.path), size, resize) for item in items]
+    return LabelledImages(np.stack(views), torch.tensor([item.label for item in items]))
 
 
 def read_samples(path: Path, size: int) -> LabelledImages:
@@ -45,10 +48,10 @@ def read_samples(path: Path, size: int) -> LabelledImages:
     folder = ImageFolder(path)
     if not all(name.isdigit() for name in folder.classes):
         raise ImageError(
-            f"samples {path}: sub-folders must be class numbers, got {folder.classes[:5]}. Point --samples at"
+            f"samples {path}: sub-folders must be class numbers, got {list(folder.classes[:5])}. Point --samples at"
             " the folder that `mvar sample --out` wrote."
         )
-    found = read_folder(folder, size)
+    found = read_split(folder, "train", size, resize=1.0)
     numbers = torch.tensor([int(name) for name in folder.classes])
     return LabelledImages(found.images_NHWC, numbers[found.labels_N])
 
@@ -105,9 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mvar evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--samples", type=Path, required=True, help="folder written by `mvar sample --out`")
-    parser.add_argument("--train", type=Path, required=True, help="class folders of the real training images")
+    parser.add_argument("--images", type=Path, required=True, help="class folders of the real images")
     parser.add_argument(
-        "--held-out", type=Path, required=True, help="class folders of real images that were not trained on"
+        "--val-fraction", type=float, default=0.1, help="share held out where there is no val/ folder (default 0.1)"
+    )
+    parser.add_argument(
+        "--resize", type=float, default=RESIZE, help=f"shorter side before the crop, in sizes (default {RESIZE})"
     )
     parser.add_argument("--size", type=int, default=32, help="pixels the classifier sees (default 32)")
     parser.add_argument("--classifier", type=Path, help="weights file: read if it exists, else trained and written")
@@ -115,20 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(argv)
 
-    train_folder, val_folder = ImageFolder(args.train), ImageFolder(args.held_out)
-    if train_folder.classes != val_folder.classes:
-        raise MvarError(
-            f"--train {args.train} has classes {train_folder.classes[:8]}, --held-out {args.held_out} has"
-            f" {val_folder.classes[:8]}: they must be the same."
-        )
-    num_classes = len(train_folder.classes)
+    folder = ImageFolder(args.images, val_fraction=args.val_fraction)
+    num_classes = len(folder.classes)
     samples = read_samples(args.samples, args.size)
     if int(samples.labels_N.max()) >= num_classes:
         raise MvarError(
-            f"--samples {args.samples} has class {int(samples.labels_N.max())}, but the real images have"
+            f"--samples {args.samples} has class {int(samples.labels_N.max())}, but {args.images} has"
             f" {num_classes} classes. Compare with the images that the model was trained on."
         )
-    train, val = read_folder(train_folder, args.size), read_folder(val_folder, args.size)
+    train, val = (read_split(folder, split, args.size, args.resize) for split in ("train", "val"))
     if args.classifier is not None and args.classifier.exists():
         classifier = load_classifier(args.classifier, num_classes)
     else:
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(figures))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        context = {"size_px": args.size, "samples": str(args.samples), "held_out": str(args.held_out)}
+        context = {"size_px": args.size, "samples": str(args.samples), "images": str(args.images)}
         payload = {"name": "evaluate", "figures": figures, "goals": {}, "context": context}
         args.json.write_text(json.dumps(payload, indent=1) + "\n")
     return 0
