@@ -1,0 +1,147 @@
+"""`mvar verify`: is this code store whole? Digests, index against tars, labels, codes; pictures to look at.
+
+Everything is checked the way a stranger would: the tars are walked with Python's tarfile, not with what wrote them.
+
+Legend: N samples, V views, L tokens, S scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mvar.cli import run_command
+from mvar.errors import MvarError, StoreError
+from mvar.images import Bytes, grid, save_png, to_uint8
+from mvar.randomness import permuted
+from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, CodeStore, ShardInfo, Split, check_file, sha256_of
+from mvar.tokenizer.files import load_tokenizer
+
+
+def verify(folder: Path) -> dict[str, int]:
+    """Check everything in a store; returns what was counted. Raises StoreError that lists all that is wrong."""
+    store = CodeStore.open(folder)
+    problems: list[str] = []
+    samples = 0
+    for name, info in store.manifest.splits.items():
+        first = 0
+        for shard in info.shards:
+            problems += _problems(store, store.split(name), shard, first)
+            first += shard.samples
+        samples += first
+    try:
+        store.quantizer()
+    except MvarError as error:
+        problems.append(str(error))
+    if problems:
+        listed = "\n  ".join(problems[:20]) + f"\n  ... and {len(problems) - 20} more" * (len(problems) > 20)
+        raise StoreError(
+            f"code store {folder}: {len(problems)} problems:\n  {listed}\n"
+            f"Run the tokenize command again (it re-makes damaged shards), then mvar finalize {folder}."
+        )
+    return {"samples": samples, "shards": sum(len(info.shards) for info in store.manifest.splits.values())}
+
+
+def contact_sheet(folder: Path, tokenizer: Path, samples: int = 8, seed: int = 0) -> Bytes:
+    """Random samples decoded: a row for each sample, a column for the picture of scales 0..k; uint8 (H, W, 3).
+
+    Raises StoreError unless `tokenizer` is the file that made the store.
+    """
+    store = CodeStore.open(folder)
+    found, made_by = sha256_of(tokenizer), store.manifest.tokenizer.sha256
+    if found != made_by:
+        raise StoreError(
+            f"tokenizer {tokenizer}: not the one that made code store {folder} (sha256 {found[:12]}..., expected "
+            f"{made_by[:12]}...). Give the tokenizer's file that the store was made with."
+        )
+    vqvae = load_tokenizer(tokenizer, {"patch_nums": list(store.manifest.patch_nums)})
+    split = store.split("train")
+    chosen_N = permuted(seed, 0, np.arange(min(samples, len(split))), len(split))
+    views_N = chosen_N % split.views
+    codes_NL = torch.from_numpy(split.codes(chosen_N, views_N).astype(np.int64))
+    scales = len(store.manifest.patch_nums)
+    with torch.inference_mode():
+        pictures_SNHWC = np.stack(
+            [to_uint8(vqvae.decode_latent(vqvae.quantizer.latent_from_codes(codes_NL, k + 1))) for k in range(scales)]
+        )
+    rows = pictures_SNHWC.swapaxes(0, 1).reshape(-1, *pictures_SNHWC.shape[2:])
+    return grid(rows, columns=scales)
+
+
+def _problems(store: CodeStore, split: Split, shard: ShardInfo, first: int) -> Iterator[str]:
+    """What is wrong with one shard, whose samples are [first, first + samples) of the split."""
+    try:
+        check_file(store.folder, shard)
+        walked = _walk(store.folder / shard.name)
+        keys = set()
+        for place in range(first, first + shard.samples):
+            key, codes_VL, label = next(walked)
+            here = f"shard {store.folder / shard.name}, sample {key}"
+            views_V = np.arange(split.views)
+            if key in keys:
+                yield f"{here}: the key is there twice"
+            keys.add(key)
+            if label != split.labels_N[place]:
+                yield f"{here}: label {label}, the index says {split.labels_N[place]}"
+            if codes_VL.max() >= store.manifest.vocab_size:
+                yield f"{here}: code {codes_VL.max()}, expected below {store.manifest.vocab_size}"
+            if not np.array_equal(split.codes(np.full_like(views_V, place), views_V), codes_VL):
+                yield f"{here}: the codes are not where the index says"
+        if next(walked, None) is not None:
+            yield f"shard {store.folder / shard.name}: more than {shard.samples} samples"
+    except MvarError as error:
+        yield str(error)
+    except (tarfile.TarError, StopIteration, ValueError) as error:
+        yield f"shard {store.folder / shard.name}: cannot be walked as a tar of samples ({error!r})"
+
+
+def _walk(path: Path) -> Iterator[tuple[str, NDArray[np.uint16], int]]:
+    """(key, codes (V, L), label) of each sample of a tar."""
+    with tarfile.open(path, "r:") as tar:
+        while (codes := tar.next()) is not None:
+            label = tar.next()
+            key = codes.name.removesuffix(CODES_SUFFIX)
+            if label is None or codes.name == key or label.name != key + LABEL_SUFFIX:
+                raise ValueError(f"member {codes.name} is not followed by its label")
+            yield key, np.load(io.BytesIO(_data(tar, codes)), allow_pickle=False), int(_data(tar, label))
+
+
+def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise ValueError(f"member {member.name} is not a file")
+    return file.read()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`mvar verify STORE [--tokenizer FILE --sheet PNG]`."""
+    parser = argparse.ArgumentParser(
+        prog="mvar verify", description="Check a code store; exit code 2 if it is damaged."
+    )
+    parser.add_argument("store", type=Path, help="folder of the code store")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer that made it: decode random samples")
+    parser.add_argument("--sheet", type=Path, help="where their pictures go; default: STORE-sheet.png beside the store")
+    parser.add_argument("--samples", type=int, default=8, help="rows of the sheet")
+    parser.add_argument("--json", type=Path, help="write what was counted as JSON")
+    args = parser.parse_args(argv)
+    counted = verify(args.store)
+    print(f"code store {args.store}: whole; {counted['samples']:,} samples in {counted['shards']:,} shards")
+    if args.tokenizer is not None:
+        sheet = args.sheet or args.store.with_name(f"{args.store.resolve().name}-sheet.png")
+        save_png(sheet, contact_sheet(args.store, args.tokenizer, args.samples))
+        print(f"pictures of scales 0..k, one sample a row: {sheet}")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"name": "verify", "figures": counted}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
