@@ -88,7 +88,9 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.05, description="decay of matrices at the start")
     weight_decay_end: NonNegativeFloat | None = Field(None, description="decay at the end; default: the same")
     clip_grad: NonNegativeFloat = Field(2.0, description="global gradient norm limit; 0: off")
-    schedule: Literal["lin0", "lin00", "lin", "cos", "exp"] = Field("lin0", description="learning rate after warm-up")
+    schedule: Annotated[str, Field(pattern=r"^(lin0|lin00|lin|cos|exp|lin0\.\d+)$")] = Field(
+        "lin0", description="learning rate after warm-up: lin0, lin00, lin, cos, exp, or lin0.N"
+    )
     warmup_epochs: NonNegativeFloat | None = Field(None, description="default: epochs / 50")
     warmup_start: Fraction = Field(0.005, description="first learning rate, as a share of the peak")
     final_lr: Fraction = Field(0.1, description="last learning rate, as a share of the peak")
@@ -105,6 +107,8 @@ class EngineConfig(Section):
         "off", description="recompute every block, or every n-th, in the backward pass"
     )
     threads: PositiveInt | None = Field(None, description="CPU threads a rank uses; default: cores / local ranks")
+    offload_folder: Path | None = Field(None, description="folder on a fast local disk, for templates that use NVMe")
+    max_bad_steps: PositiveInt = Field(10, description="end after so many steps in a row with a non-finite loss")
 
 
 class CheckpointConfig(Section):
@@ -113,6 +117,7 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(1000, description="save after so many steps")
     keep_last: PositiveInt = Field(3, description="checkpoints kept")
     trust_sizes: bool = Field(False, description="verify sizes only, not digests, when resuming")
+    stop_before_end_s: NonNegativeFloat = Field(180, description="save and stop so long before Slurm's time limit")
 
 
 class TrackingConfig(Section):

@@ -25,5 +25,9 @@ class CheckpointError(MvarError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
+class TrainingError(MvarError):
+    """A training that cannot go on, such as one that diverged."""
+
+
 class BackendError(MvarError):
     """A compute backend asked for by name that this machine does not have."""

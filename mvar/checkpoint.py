@@ -1,0 +1,521 @@
+"""Checkpoints: complete or absent, verified before use, independent of world size and ZeRO stage.
+
+A checkpoint is a folder `step-000000123` of
+
+    rank-00000.safetensors ...   for every parameter the elements that this rank owned: fp32 weight, AdamW's two moments
+    checkpoint.json              configuration, step, samples seen, who holds which elements, sizes and SHA-256 of files
+    config.yaml                  the configuration again, for people and for `--config`
+
+It is written under a temporary name, synced to disk and renamed: a folder with its final name is complete. Whoever
+loads reads the elements it needs out of whatever files hold them, so other numbers of ranks and other ZeRO stages need
+no conversion, and the same ones get the same bits. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mvar import config as configs
+from mvar.config import ModelConfig, TrainConfig
+from mvar.errors import CheckpointError
+from mvar.launch import World
+from mvar.partition import KINDS, WEIGHT, Partition, Piece
+
+FORMAT_VERSION = 1
+RECORD = "checkpoint.json"
+MODEL_KEY = "mvar.model"
+"""Key of an exported file's metadata: JSON of the ModelConfig."""
+_NAME = re.compile(r"step-(\d{9,})")
+_BLOCK_BYTES = 1 << 24
+
+
+# --- one file of tensors ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be like to be trusted."""
+
+    bytes: int
+    sha256: str
+
+
+def write_tensors(
+    path: Path, layout: list[tuple[str, tuple[int, ...]]], values: Iterable[Tensor], metadata: Mapping[str, str]
+) -> FileRecord:
+    """Write float32 tensors as safetensors, one at a time, synced to disk. `values` come in the order of `layout`."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, shape in layout:
+        begin, end = end, end + 4 * torch.Size(shape).numel()
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, written = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in _chunks([struct.pack("<Q", len(text)), text], values):
+            file.write(chunk)
+            digest.update(chunk)
+            written += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    assert written == 8 + len(text) + end
+    return FileRecord(written, digest.hexdigest())
+
+
+def _chunks(head: list[bytes], values: Iterable[Tensor]) -> Iterator[memoryview]:
+    yield from (memoryview(part) for part in head)
+    for value in values:
+        array: Any = value.detach().to("cpu", torch.float32).contiguous().view(-1).numpy()
+        whole = memoryview(array).cast("B") if len(array) else memoryview(b"")
+        for start in range(0, len(whole), _BLOCK_BYTES):
+            yield whole[start : start + _BLOCK_BYTES]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: all the state there is, apart from weights and moments."""
+
+    step: int = 0
+    samples: int = 0
+    adam_steps: int = 0
+    """Updates made; fewer than `step` where steps were skipped."""
+    skipped_steps: int = 0
+    loss_scaler: dict[str, float] | None = None
+    """fp16's dynamic loss scale."""
+
+
+class Record(pydantic.BaseModel):
+    """checkpoint.json."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    format_version: int
+    progress: Progress
+    config: dict[str, Any]
+    """The resolved TrainConfig."""
+    model: dict[str, Any]
+    """The ModelConfig with the number of classes filled in."""
+    store: str
+    """SHA-256 of the code store's manifest."""
+    world_size: int
+    zero_stage: int
+    shapes: dict[str, tuple[int, ...]]
+    """Of every parameter."""
+    pieces: dict[str, list[tuple[str, int, int]]]
+    """Parameter -> (file, first element, one past the last), elements of the flattened parameter."""
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+
+    def text(self) -> str:
+        """JSON with its own SHA-256, so that a flipped bit in it shows."""
+        tree = self.model_dump(mode="json")
+        return json.dumps(tree | {"sha256": _tree_digest(tree)}, indent=1)
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Raises CheckpointError, also for a record that was changed."""
+        path = folder / RECORD
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+        version = tree.get("format_version") if isinstance(tree, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: written in format {version}; this mvar reads up to {FORMAT_VERSION}. Update it."
+            )
+        if not isinstance(tree, dict) or tree.pop("sha256", None) != _tree_digest(tree):
+            raise CheckpointError(f"{path}: its own digest does not match: the file is damaged.")
+        try:
+            return cls.model_validate(tree)
+        except pydantic.ValidationError as error:
+            raise CheckpointError(f"{path}: not a checkpoint of mvar: {error}") from None
+
+
+def _tree_digest(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run is, beyond its numbers: goes into every checkpoint and decides who may resume it."""
+
+    config: TrainConfig
+    model: ModelConfig
+    """With the number of classes."""
+    store: str
+    """SHA-256 of the code store's manifest."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def differences(record: Record, identity: Identity) -> list[str]:
+    """What keeps `identity` from going on with a checkpoint: changed keys of model, order of data and batch."""
+    saved: dict[str, Any] = {key: record.config.get(key) for key in ("seed", "global_batch")}
+    now: dict[str, Any] = {"seed": identity.config.seed, "global_batch": identity.config.global_batch}
+    saved |= {f"model.{key}": value for key, value in _essence(ModelConfig.model_validate(record.model)).items()}
+    now |= {f"model.{key}": value for key, value in _essence(identity.model).items()}
+    saved["data.store (its manifest)"], now["data.store (its manifest)"] = record.store[:12], identity.store[:12]
+    return [f"{key}: was {saved[key]}, is {now[key]}" for key in now if saved[key] != now[key]]
+
+
+def require_same(folder: Path, identity: Identity) -> None:
+    """Raises CheckpointError, with the keys, if `identity` is not the run that `folder` was saved by."""
+    changed = differences(Record.read(folder), identity)
+    if changed:
+        raise CheckpointError(
+            f"{folder}: saved by another run than the one asked for:\n  "
+            + "\n  ".join(changed)
+            + "\nPut these back, or give run=... another folder, or add --from-scratch."
+        )
+
+
+def _essence(model: ModelConfig) -> dict[str, Any]:
+    """The model's settings with defaults resolved, without the choice of kernels."""
+    tree = model.model_dump(mode="json", exclude={"attention_backend", "mamba_backend"})
+    return tree | {"width": model.resolved_width, "heads": model.resolved_heads, "drop_path": model.resolved_drop_path}
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:09d}"
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """Steps of all complete checkpoints, rising."""
+    if not checkpoints.is_dir():
+        return []
+    names = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
+    return sorted(int(name[1]) for name in names if name)
+
+
+def save(checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity) -> Path:
+    """Write the checkpoint of `progress.step`; all ranks together. Returns its folder.
+
+    If any rank fails, all raise, and nothing but complete checkpoints remains.
+    """
+    final = folder_of(checkpoints, progress.step)
+    temporary = checkpoints / f".tmp-{final.name}"
+    world.raise_together(_attempt(lambda: _prepare(temporary, partition)) if world.is_main else None)
+    name = f"rank-{world.rank:05d}.safetensors"
+    layout = partition.layout()
+    written: list[FileRecord] = []
+
+    def write() -> None:
+        shapes: list[tuple[str, tuple[int, ...]]] = [(_key(p.name, kind), (p.count,)) for p, kind in layout]
+        values = (values for _, _, values in partition.blocks())
+        written.append(write_tensors(temporary / name, shapes, values, {"step": str(progress.step)}))
+
+    def commit() -> None:
+        record = Record(
+            format_version=FORMAT_VERSION,
+            progress=progress,
+            config=identity.config.model_dump(mode="json"),
+            model=identity.model.model_dump(mode="json"),
+            store=identity.store,
+            world_size=world.size,
+            zero_stage=partition.stage,
+            shapes=partition.shapes,
+            pieces=_merge(parts),
+            files={file: record for file, record, _ in parts},
+            versions=identity.versions,
+        )
+        _write_synced(temporary / "config.yaml", configs.dump(identity.config))
+        _write_synced(temporary / RECORD, record.text())
+        _sync_folder(temporary)
+        if final.exists():  # Saved before, damaged since, and therefore passed over when this run started.
+            _discard(final)
+        os.rename(temporary, final)
+        _sync_folder(checkpoints)
+
+    try:
+        world.raise_together(_attempt(write))
+        parts = world.gather((name, written[0], [piece for piece, kind in layout if kind == WEIGHT]))
+        world.raise_together(_attempt(commit) if world.is_main else None)
+    except BaseException:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _attempt(action: Any) -> BaseException | None:
+    """Run `action`; the error, if any, instead of raising it. A full disk becomes a CheckpointError."""
+    try:
+        action()
+    except OSError as error:
+        return CheckpointError(f"checkpoint cannot be written: {error}. Free space or move the run folder; run again.")
+    except Exception as error:
+        return error
+    return None
+
+
+def _prepare(temporary: Path, partition: Partition) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    needed = 4 * len(KINDS) * sum(torch.Size(shape).numel() for shape in partition.shapes.values())
+    free = shutil.disk_usage(temporary).free
+    if free < needed:
+        raise CheckpointError(
+            f"{temporary.parent}: a checkpoint takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free."
+            " Free space; run again."
+        )
+
+
+def _key(name: str, kind: str) -> str:
+    return f"{kind}/{name}"
+
+
+def _merge(parts: list[tuple[str, FileRecord, list[Piece]]]) -> dict[str, list[tuple[str, int, int]]]:
+    merged: dict[str, list[tuple[str, int, int]]] = {}
+    for file, _, pieces in parts:
+        for piece in pieces:
+            merged.setdefault(piece.name, []).append((file, piece.start, piece.stop))
+    return {name: sorted(spans, key=lambda span: span[1]) for name, spans in merged.items()}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder so that a kill half-way never leaves half of it under its name."""
+    trash = folder.with_name(f".trash-{folder.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def keep_newest(checkpoints: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints. The newest one that is in order is never removed."""
+    steps = steps_in(checkpoints)
+    kept = steps[-count:]
+    while len(kept) < len(steps) and all(_problem(folder_of(checkpoints, step), digests=False) for step in kept):
+        kept = steps[-len(kept) - 1 :]
+    for step in steps[: len(steps) - len(kept)]:
+        _discard(folder_of(checkpoints, step))
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Remove what killed processes left half-written or half-removed."""
+    if checkpoints.is_dir():
+        for entry in checkpoints.iterdir():
+            if entry.name.startswith((".tmp-", ".trash-")):
+                shutil.rmtree(entry)
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)) -> None:
+    """Check sizes, and digests unless told not to. `share` (i, n): only every n-th file from the i-th on.
+
+    Raises CheckpointError that names the file.
+    """
+    record = Record.read(folder)
+    for name in sorted(record.files)[share[0] :: share[1]]:
+        path, expected = folder / name, record.files[name]
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise CheckpointError(f"{path}: {size} bytes, expected {expected.bytes}.")
+            if digests and _digest(path) != expected.sha256:
+                raise CheckpointError(f"{path}: its SHA-256 differs from the one that was written.")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _problem(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+    try:
+        verify(folder, digests=digests, share=share)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def choose(checkpoints: Path, world: World, *, trust_sizes: bool = False) -> Path | None:
+    """The newest checkpoint that verifies, the same for all ranks; None if there is none. Ranks share the reading.
+
+    A damaged one is set aside as `step-....damaged` with a loud line.
+    """
+    for step in reversed(world.share(steps_in(checkpoints))):
+        folder = folder_of(checkpoints, step)
+        mine = _problem(folder, digests=not trust_sizes, share=(world.rank, world.size))
+        problems = [problem for problem in world.gather(mine) if problem]
+        if not problems:
+            return folder
+        if world.is_main:
+            aside = _set_aside(folder)
+            print(f"mvar: WARNING: damaged checkpoint set aside as {aside.name}: {problems[0]}", file=sys.stderr)
+    return None
+
+
+def _set_aside(folder: Path) -> Path:
+    number = 0
+    while (aside := folder.with_name(f"{folder.name}.damaged" + (f"-{number}" if number else ""))).exists():
+        number += 1
+    os.rename(folder, aside)
+    return aside
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Any elements of any parameter of a checkpoint, from whatever files hold them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = Record.read(folder)
+        self._files: dict[str, Any] = {}
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter, float32. Raises CheckpointError."""
+        values = torch.empty(stop - start)
+        missing = stop - start
+        for file, first, last in self.record.pieces.get(name, []):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                values[low - start : high - start] = self._slice(file, _key(name, kind), low - first, high - first)
+                missing -= high - low
+        if missing:
+            raise CheckpointError(f"{self.folder}: {missing} elements of {name} ({kind}) are in none of its files.")
+        return values
+
+    def _slice(self, file: str, key: str, low: int, high: int) -> Tensor:
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(self.folder / file, framework="pt")
+            values: Tensor = self._files[file].get_slice(key)[low:high]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / file}: {key} cannot be read ({error}).") from None
+        return values
+
+
+def restore(folder: Path, partition: Partition, world: World) -> Progress:
+    """Load weights, moments and AdamW's count; all ranks together. Raises CheckpointError if the model differs."""
+    reader = Reader(folder)
+    _same_shapes(reader.record, partition.shapes, folder)
+
+    def fill() -> None:
+        partition.fill(lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.stop))
+        partition.adam_steps = reader.record.progress.adam_steps
+
+    world.raise_together(_attempt(fill))
+    partition.publish()
+    return reader.record.progress
+
+
+def _same_shapes(record: Record, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    for name in sorted(record.shapes.keys() | shapes.keys()):
+        saved, here = record.shapes.get(name), shapes.get(name)
+        if saved != here:
+            raise CheckpointError(f"{folder}: parameter {name} has shape {saved}, the model's has {here}.")
+
+
+def load_weights(path: Path, *, step: int | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and float32 weights of a run folder, a checkpoint folder, a .safetensors or a published .pth.
+
+    Needs no process group, and memory for little more than the weights. Of a run folder the newest checkpoint that
+    verifies is taken, or that of `step`. Raises CheckpointError.
+    """
+    if path.is_dir():
+        return _weights_of_folder(_checkpoint_in(path, step))
+    if step is not None:
+        raise CheckpointError(f"{path}: a step can be chosen from a run folder only, and this is none.")
+    if path.suffix == ".pth":
+        from mvar.published import read_published
+
+        return read_published(path)
+    return _weights_of_file(path)
+
+
+def _checkpoint_in(path: Path, step: int | None) -> Path:
+    if (path / RECORD).is_file():
+        verify(path)
+        return path
+    checkpoints = path / "checkpoints"
+    steps = steps_in(checkpoints)
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(f"{path}: no checkpoint of step {step}; there are {steps or 'none'}.")
+        verify(folder_of(checkpoints, step))
+        return folder_of(checkpoints, step)
+    for candidate in reversed(steps):
+        problem = _problem(folder_of(checkpoints, candidate))
+        if problem is None:
+            return folder_of(checkpoints, candidate)
+        print(f"mvar: WARNING: damaged checkpoint passed over: {problem}", file=sys.stderr)
+    raise CheckpointError(f"{path}: no usable checkpoint in it. Give a run folder, a checkpoint folder or a file.")
+
+
+def _weights_of_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    reader = Reader(folder)
+    shapes = reader.record.shapes
+    state = {name: reader.read(name, WEIGHT, 0, torch.Size(s).numel()).view(s) for name, s in shapes.items()}
+    return ModelConfig.model_validate(reader.record.model), state
+
+
+def _weights_of_file(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if MODEL_KEY not in metadata:
+                raise CheckpointError(f"{path}: no weights written by `mvar export` (metadata has no {MODEL_KEY}).")
+            config = ModelConfig.model_validate_json(metadata[MODEL_KEY])
+            return config, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}).") from None
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{path}: its {MODEL_KEY} is no model configuration: {error}") from None
+
+
+def save_weights(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Write weights as one safetensors file, float32, the ModelConfig in its metadata: complete or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        layout = [(name, tuple(value.shape)) for name, value in state.items()]
+        write_tensors(temporary, layout, state.values(), {MODEL_KEY: config.model_dump_json(), "format": "pt"})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,265 @@
+"""Who we are among the processes of a run, and how they talk.
+
+Works under torchrun, under srun with one task per GPU (or per CPU process), under the `deepspeed` launcher, and alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from mvar.errors import ConfigError, MvarError
+
+T = TypeVar("T")
+REPOSITORY = Path(__file__).resolve().parent.parent
+_INTERACTIVE_STEP = 0xFFFF_FFF0
+"""Slurm's special steps (batch shell, interactive shell) have numbers from here on: no launch by srun."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands, as its launcher says."""
+
+    launcher: str
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of this machine."""
+    local_size: int = 1
+    address: str | None = None
+    """Host and port where the processes meet; None alone."""
+    port: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size or not 0 <= self.local_rank < self.local_size:
+            raise ConfigError(
+                f"{self.launcher}: got rank {self.rank} of {self.size}, local rank {self.local_rank} of"
+                f" {self.local_size}; ranks count from 0. Unset RANK, WORLD_SIZE, LOCAL_RANK to run one process."
+            )
+
+
+def rank_hint(environ: Mapping[str, str]) -> int:
+    """Our rank, before anything is checked: good enough to decide who speaks."""
+    text = environ.get("RANK") or environ.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdigit() else 0
+
+
+def detect(environ: Mapping[str, str]) -> Place:
+    """Read the launcher's variables. Raises ConfigError where they are incomplete or contradict each other."""
+    named = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ]
+    if len(named) == 3:
+        return _from_torchrun(environ)
+    if named:
+        raise ConfigError(
+            f"the environment sets {' and '.join(named)} but not all of RANK, WORLD_SIZE, LOCAL_RANK."
+            " Start with torchrun, srun or the deepspeed launcher, which set all of them, or unset them."
+        )
+    if _number(environ, "SLURM_STEP_ID", _INTERACTIVE_STEP) < _INTERACTIVE_STEP and "SLURM_PROCID" in environ:
+        return _from_srun(environ)
+    return Place("alone")
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> Place:
+    size = _number(environ, "WORLD_SIZE")
+    local_rank = _number(environ, "LOCAL_RANK")
+    local_size = _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_SIZE", max(size, local_rank + 1)))
+    if size > 1 and not ("MASTER_ADDR" in environ and "MASTER_PORT" in environ):
+        raise ConfigError(f"WORLD_SIZE is {size}, but MASTER_ADDR and MASTER_PORT do not say where they meet.")
+    return Place(
+        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "environment",
+        rank=_number(environ, "RANK"),
+        size=size,
+        local_rank=local_rank,
+        local_size=local_size,
+        address=environ.get("MASTER_ADDR"),
+        port=_number(environ, "MASTER_PORT", 0) or None,
+    )
+
+
+def _from_srun(environ: Mapping[str, str]) -> Place:
+    node = _number(environ, "SLURM_NODEID", 0)
+    job = _number(environ, "SLURM_JOB_ID", 0) + _number(environ, "SLURM_STEP_ID", 0)
+    return Place(
+        launcher="srun",
+        rank=_number(environ, "SLURM_PROCID"),
+        size=_number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1)),
+        local_rank=_number(environ, "SLURM_LOCALID", 0),
+        local_size=_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"), node),
+        address=environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+        # Nodes of a cluster may share ports with other jobs: one port per job and step.
+        port=_number(environ, "MASTER_PORT", 20000 + job % 20000),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment variable {name}: got {text!r}, expected a number.") from None
+
+
+def _tasks_per_node(text: str, node: int) -> int:
+    """Slurm's `2(x3),1` -> tasks on the given node."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match:
+            counts += [int(match[1])] * int(match[2] or 1)
+    return counts[node] if node < len(counts) else 1
+
+
+def first_host(nodes: str) -> str:
+    """First host of Slurm's list, such as `gpu[003-007,9]-ib,login1` -> `gpu003-ib`."""
+    match = re.match(r"([^\[,]*)(?:\[([0-9]+)[^\]]*\]([^,]*))?", nodes)
+    assert match is not None  # The pattern matches the empty string too.
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run, and the few things they say to each other outside of gradients."""
+
+    place: Place
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        return self.place.size
+
+    @property
+    def is_main(self) -> bool:
+        return self.place.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, float64, in place on this rank's device; the result is on the CPU, equal everywhere."""
+        values = values.to(self.device, torch.float64)
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's object, in the order of ranks, for everybody."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: T) -> T:
+        """Rank 0's object for everybody."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def raise_together(self, error: BaseException | None) -> None:
+        """If any rank brings an error, all raise: the first of these its own, the others a RemoteError."""
+        described = None if error is None else (str(error), isinstance(error, MvarError))
+        failed = [(rank, *what) for rank, what in enumerate(self.gather(described)) if what is not None]
+        if not failed:
+            return
+        first, text, expected = failed[0]
+        if error is not None and first == self.rank:
+            raise error
+        raise RemoteError(first, text, expected)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action`, which must not talk to other ranks, on every rank; if one fails, all do."""
+        try:
+            result, error = action(), None
+        except Exception as raised:
+            result, error = None, raised
+        self.raise_together(error)
+        return cast(T, result)
+
+
+class RemoteError(Exception):
+    """Another rank failed and says why; this one ends with it. `expected`: the cause is a MvarError."""
+
+    def __init__(self, rank: int, text: str, expected: bool) -> None:
+        super().__init__(f"rank {rank} failed: {text}")
+        self.expected = expected
+
+
+def start(environ: MutableMapping[str, str] = os.environ, threads: int | None = None) -> World:
+    """Join the other processes (NCCL with GPUs, gloo without), choose the device, set CPU threads.
+
+    Raises ConfigError where the launch is wrong. The DeepSpeed extensions that get compiled are kept in
+    TORCH_EXTENSIONS_DIR, by default `.cache/torch_extensions` of the repository.
+    """
+    place = detect(environ)
+    choose_accelerator(environ)
+    environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache/torch_extensions"))
+    index = _device_index(place, environ) if torch.cuda.is_available() else None
+    device = torch.device("cpu") if index is None else torch.device("cuda", index)
+    # DeepSpeed reads these; LOCAL_RANK is what it takes for the number of the GPU.
+    environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(index or 0))
+    if index is not None:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(threads or max(1, _cores() // place.local_size))
+    _join(place, device, environ)
+    return World(place, device)
+
+
+def choose_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell DeepSpeed, before its import, that a machine without GPUs is no accident."""
+    if not torch.cuda.is_available():
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device_index(place: Place, environ: Mapping[str, str]) -> int:
+    count = torch.cuda.device_count()
+    if place.local_rank < count:
+        return place.local_rank
+    if place.launcher == "srun" and count == 1:
+        return 0  # Slurm shows each task its own GPU only.
+    raise ConfigError(
+        f"{place.local_size} processes on this machine, but it shows {count} GPUs"
+        f" (CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). Start one process per GPU."
+    )
+
+
+def _join(place: Place, device: torch.device, environ: MutableMapping[str, str]) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if place.address is None:
+        # Alone, nothing needs a port: two runs on one machine cannot meet by accident.
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    else:
+        environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, rank=place.rank, world_size=place.size, device_id=bound)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # A kernel for tensor-parallel inference. Training never calls it, and compiling it needs g++ and a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def finish() -> None:
+    """Leave the other processes. Without it the interpreter's end may abort in a thread of gloo."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

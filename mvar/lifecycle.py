@@ -1,0 +1,164 @@
+"""The life of a run folder: who may work in it, when to stop, how it ends.
+
+config.yaml       the resolved configuration of the last start
+metrics.jsonl     every measurement (see mvar.tracking)
+checkpoints/      step-000000123/ ... (see mvar.checkpoint)
+samples/          grids of pictures
+STOP              made by a user: save, stop with exit code 75; removed when heeded
+FINISHED          made at the end: the same command has nothing left to do
+.lock             held by the process that trains here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mvar.checkpoint import remove_leftovers
+from mvar.errors import CheckpointError, TrainingError
+
+EXIT_FINISHED = 0
+EXIT_STOPPED = 75
+"""Stopped on purpose, with a checkpoint saved: run the same command again."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOCK_PATIENCE_S = 5.0
+"""A killed predecessor may take this long to let go of the folder."""
+
+
+class RunFolder:
+    """Paths of a run, and the questions that only its folder can answer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.stop_file = path / "STOP"
+        self.finished = path / "FINISHED"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out for as long as this lasts, and tidy up after killed ones.
+
+        Raises TrainingError if another holds the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
+            self._take(lock)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            remove_leftovers(self.checkpoints)
+            yield
+
+    def _take(self, lock: Any) -> None:
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise TrainingError(
+                        f"run folder {self.path}: {lock.read() or 'another process'} is training in it."
+                        " Wait for its end, or give run=... another folder."
+                    ) from None
+                time.sleep(0.1)
+
+    def finished_step(self) -> int:
+        """Steps after which the run was finished; -1 if it was not."""
+        try:
+            return int(json.loads(self.finished.read_text(encoding="utf-8"))["step"])
+        except FileNotFoundError:
+            return -1
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{self.finished}: damaged ({error}). Remove it to go on training.") from None
+
+    def finish(self, step: int) -> None:
+        temporary = self.finished.with_name(".FINISHED.tmp")
+        temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        os.replace(temporary, self.finished)
+
+    def require_no_history(self) -> None:
+        """Called where no checkpoint is usable: may a run begin here? Raises CheckpointError if one was ever saved."""
+        saved = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        if saved or self._ever_saved():
+            raise CheckpointError(
+                f"run folder {self.path} has a history but no usable checkpoint"
+                f" ({', '.join(sorted(saved)) or 'the folder checkpoints/ is empty'}). Put one back, or add"
+                " --from-scratch to begin again at step 0 (what is there is moved aside, not deleted)."
+            )
+
+    def _ever_saved(self) -> bool:
+        if not self.metrics.is_file():
+            return False
+        with self.metrics.open(encoding="utf-8", errors="replace") as lines:
+            return any('"kind": "checkpoint"' in line for line in lines)
+
+    def set_aside(self) -> Path | None:
+        """Move everything in the folder into `before-from-scratch-N`; None if there was nothing."""
+        entries = [e for e in self.path.iterdir() if not e.name.startswith((".lock", "before-from-scratch-"))]
+        if not entries:
+            return None
+        number = 1
+        while (aside := self.path / f"before-from-scratch-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for entry in entries:
+            shutil.move(str(entry), aside / entry.name)
+        return aside
+
+
+class StopRequests:
+    """Everything that may ask this process to stop: signals, the STOP file, the end of a Slurm job's time.
+
+    Asking is local; the engine tells all ranks in the same step. Use as a context manager; handlers are put back.
+    """
+
+    def __init__(
+        self,
+        stop_file: Path,
+        margin_s: float,
+        environ: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._stop_file, self._clock = stop_file, clock
+        end = environ.get("SLURM_JOB_END_TIME", "")
+        self._deadline = float(end) - margin_s if end.isdigit() else None
+        self._signal: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequests:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop, or None."""
+        if self._signal is not None:
+            return f"got {self._signal}"
+        if self._deadline is not None and self._clock() >= self._deadline:
+            return "the job's time is nearly over"
+        if self._stop_file.exists():
+            return f"{self._stop_file} exists"
+        return None

@@ -1,0 +1,318 @@
+"""Where measurements go: metrics.jsonl always; the console, Weights & Biases and TensorBoard behind the same calls.
+
+metrics.jsonl has one JSON object a line. All have `kind`, `step` (optimizer steps done) and `samples` (images seen).
+
+    train       loss, loss_per_scale, accuracy, accuracy_per_scale, grad_norm, lr, weight_decay, skipped, imgs_per_s,
+                step_s, wait_s (of it, waiting for data), memory_gib; bad_samples and loss_scale where they apply
+    val         images, loss, loss_per_scale, accuracy, accuracy_per_scale
+    sample      file (relative to the run folder)
+    checkpoint  seconds
+    resume      world, zero_stage: training went on from this step, or began (step 0)
+
+Losses are nats per token, accuracies shares of tokens, both means over the global batch; null where not finite. Numbers
+are written in full, so equal lines mean bit-equal losses. Every step has one `train` record: a resumed run first cuts
+what lies beyond the step it goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from mvar.config import TrackingConfig
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """One place for measurements. `record` is complete and finite (None where a value was not)."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+class JsonLines:
+    """metrics.jsonl. Each record is flushed to the system at once, so that only a crash of the machine can lose it."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        cut_after(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """To disk: a checkpoint must not be newer than its records."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop records beyond `step`, and lines torn by a kill. Complete or unchanged."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Console:
+    """One aligned line every `every` steps, with means since the line before."""
+
+    def __init__(self, every: int, last_step: int) -> None:
+        self._every, self._last_step = every, last_step
+        self._since: list[Record] = []
+
+    def write(self, record: Record) -> None:
+        if record["kind"] == "train":
+            self._since.append(record)
+            if record["step"] % self._every == 0 or record["step"] == self._last_step or record["skipped"]:
+                print(self._line(), flush=True)
+                self._since = []
+        elif record["kind"] == "val":
+            accuracy = 100 * (record["accuracy"] or 0)
+            print(f"{self._place(record)}  validation loss {_show(record['loss'])}  acc {accuracy:5.2f}%", flush=True)
+        elif record["kind"] == "sample":
+            print(f"{self._place(record)}  samples: {record['file']}", flush=True)
+
+    def _place(self, record: Record) -> str:
+        width = len(str(self._last_step))
+        return f"step {record['step']:>{width}}/{self._last_step}"
+
+    def _line(self) -> str:
+        now, since = self._since[-1], self._since
+        step_s = sum(record["step_s"] for record in since)
+        wait = 100 * sum(record["wait_s"] for record in since) / max(step_s, 1e-9)
+        left_s = (self._last_step - now["step"]) * step_s / len(since)
+        images = now["imgs_per_s"] * now["step_s"] * len(since)
+        last_scale = [record["loss_per_scale"][-1] for record in since]
+        text = (
+            f"{self._place(now)}  img {now['samples']:>9,}"
+            f"  loss {_mean([record['loss'] for record in since])}  last {_mean(last_scale)}"
+            f"  acc {100 * (now['accuracy'] or 0):5.2f}%  |g| {_show(now['grad_norm'])}  lr {now['lr']:.2e}"
+            f"  img/s {images / max(step_s, 1e-9):7.1f}  wait {wait:4.1f}%  mem {now['memory_gib']:5.1f}G"
+            f"  eta {_duration(left_s)}"
+        )
+        if now["skipped"]:
+            text += f"  SKIPPED{' bad samples ' + str(now['bad_samples'][:4]) if now.get('bad_samples') else ''}"
+        return text
+
+    def close(self) -> None:
+        pass
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _show(sum(known) / len(known) if known else None)
+
+
+def _show(value: float | None) -> str:
+    return "   none" if value is None else f"{value:7.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+class TensorBoard:
+    """Events under RUN/tensorboard; what lies beyond the resumed step is hidden from the curves."""
+
+    def __init__(self, folder: Path, every: int, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        self._folder, self._every = folder.parent, every
+
+    def write(self, record: Record) -> None:
+        if _wanted(record, self._every):
+            for name, value in flat(record).items():
+                self._writer.add_scalar(name, value, record["step"])
+        if record["kind"] == "sample":
+            self._writer.add_image(
+                "samples", _picture(self._folder / record["file"]), record["step"], dataformats="HWC"
+            )
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One run on wandb over all restarts: its id is kept in the run folder."""
+
+    def __init__(self, folder: Path, config: TrackingConfig, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        kept = folder / "wandb-id"
+        if not kept.is_file():
+            kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        self._wandb, self._folder, self._every = wandb, folder, config.log_every
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=folder.name,
+            id=kept.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            mode=config.wandb,
+            dir=str(folder),
+            config=dict(settings),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def write(self, record: Record) -> None:
+        if _wanted(record, self._every):
+            self._run.log(flat(record), step=record["step"])
+        if record["kind"] == "sample":
+            self._run.log({"samples": self._wandb.Image(str(self._folder / record["file"]))}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _picture(path: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def _wanted(record: Record, every: int) -> bool:
+    return bool(record["kind"] == "val" or (record["kind"] == "train" and record["step"] % every == 0))
+
+
+def flat(record: Record) -> dict[str, float]:
+    """Numbers of a record as `kind/name` and `kind/name/scale`, for tools that know nothing of lists."""
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if name.endswith("_per_scale"):
+            for scale, item in enumerate(value, start=1):
+                if item is not None:
+                    numbers[f"{record['kind']}/{name}/{scale:02}"] = float(item)
+        elif isinstance(value, int | float) and name != "step":
+            numbers[f"{record['kind']}/{name}"] = float(value)
+    return numbers
+
+
+class Guarded:
+    """A sink that may fail without stopping the run: its first error is shown, then it stays silent."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        self._try(lambda: setattr(self, "_sink", make()))
+
+    def write(self, record: Record) -> None:
+        if (sink := self._sink) is not None:
+            self._try(lambda: sink.write(record))
+
+    def close(self) -> None:
+        if (sink := self._sink) is not None:
+            self._try(sink.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._sink = None
+            print(f"mvar: {self._name} failed and is off from here: {error}", file=sys.stderr, flush=True)
+
+
+class Tracker:
+    """Hands each record to every sink. On ranks other than 0 it is silent."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrackingConfig,
+        *,
+        is_main: bool,
+        resumed_step: int,
+        last_step: int,
+        global_batch: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._global_batch = global_batch
+        self._sinks: list[Sink] = []
+        self._lines: JsonLines | None = None
+        if not is_main:
+            return
+        self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
+        self._sinks = [self._lines, Console(config.log_every, last_step)]
+        if config.wandb != "disabled":
+            self._sinks.append(Guarded("wandb", lambda: WeightsAndBiases(folder, config, settings)))
+        if config.tensorboard:
+            make = lambda: TensorBoard(folder / "tensorboard", config.log_every, resumed_step)  # noqa: E731
+            self._sinks.append(Guarded("TensorBoard", make))
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        record = {"kind": kind, "step": step, "samples": step * self._global_batch} | values
+        record = {name: finite(value) for name, value in record.items()}
+        for sink in self._sinks:
+            sink.write(record)
+
+    def sync(self) -> None:
+        if self._lines is not None:
+            self._lines.sync()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Most device memory allocated so far; on a CPU what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30
+
+
+class Stopwatch:
+    """Seconds between two looks at it, and how many of them were spent waiting."""
+
+    def __init__(self) -> None:
+        self._begin, self._waited = time.perf_counter(), 0.0
+
+    def waited(self, since: float) -> None:
+        self._waited += time.perf_counter() - since
+
+    def look(self) -> tuple[float, float]:
+        now = time.perf_counter()
+        passed, waited = now - self._begin, self._waited
+        self._begin, self._waited = now, 0.0
+        return passed, waited

@@ -1,0 +1,347 @@
+"""`mvar train`: train the transformer on a code store. The same command in the same folder goes on where it stopped.
+
+    mvar train --config recipes/d16.yaml data.store=codes run=runs/d16              one process
+    torchrun --nproc-per-node 8 -m mvar.train --config ...                          one process per GPU of a machine
+    srun python -m mvar.train --config ...                                          one task per GPU of a Slurm job
+
+Exit codes: 0 finished, 2 wrong use, 75 stopped on purpose with a checkpoint saved, others are faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mvar
+from mvar import checkpoint, ds_config, launch
+from mvar.checkpoint import Identity
+from mvar.cli import run_command
+from mvar.config import ModelConfig, TrainConfig, describe, dump, load
+from mvar.data import Batch, TrainStream, eval_batches
+from mvar.ds_config import BatchSplit
+from mvar.engine import Engine, StepResult, build_model
+from mvar.errors import ConfigError, MvarError, TokenizerError
+from mvar.images import grid, save_png, to_uint8
+from mvar.launch import World
+from mvar.lifecycle import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests
+from mvar.objective import Objective
+from mvar.sampler import generate
+from mvar.schedule import Plan
+from mvar.store import MANIFEST, CodeStore
+from mvar.tokenizer.files import load_tokenizer, sha256_of
+from mvar.tracking import Stopwatch, Tracker, memory_gib
+
+
+def train(config: TrainConfig, world: World, *, from_scratch: bool = False) -> int:
+    """Train until the end, or until asked to stop; returns the exit code. All ranks together."""
+    run = RunFolder(config.run)
+    with ExitStack() as stack:
+        job = world.together(lambda: prepare(config, world.size))
+        world.together(lambda: stack.enter_context(run.locked()) if world.is_main else None)
+        if from_scratch:
+            world.together(lambda: run.set_aside() if world.is_main else None)
+        if world.share(run.finished_step()) >= job.plan.last_step:
+            if world.is_main:
+                print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
+            return EXIT_FINISHED
+        engine = Engine(config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
+        done = begin(engine, run, job, world)
+        tracker = stack.enter_context(open_tracker(run, job, world, done))
+        tracker.write("resume", done, world=world.size, zero_stage=engine.stage)
+        stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
+        return loop(engine, run, job, tracker, stops, world, done)
+
+
+def loop(
+    engine: Engine, run: RunFolder, job: Job, tracker: Tracker, stops: StopRequests, world: World, done: int
+) -> int:
+    """From `done` steps to the last one: batch -> step -> track -> maybe validate, sample, save, stop."""
+    config, last_step = job.config, job.plan.last_step
+    watch = Stopwatch()
+    stream = job.stream.rank_batches(done * config.global_batch, world.rank, world.size, job.split.micro_batch)
+    while done < last_step:
+        batches = take(stream, job.split.accumulation, watch)
+        result = engine.step(done, batches, stop=stops.reason is not None)
+        done += 1
+        ending = done == last_step
+        track_step(tracker, done, result, watch, world)
+        if ending or due(done, config.tracking.validate_every):
+            validate(engine, job, tracker, world, done)
+        if config.tracking.sample_every and (ending or due(done, config.tracking.sample_every)):
+            draw_samples(engine, run, job, tracker, world, done)
+        if ending or result.stop or due(done, config.checkpoint.every_steps):
+            save(engine, run, job, tracker, world, done)
+        if result.stop and not ending:
+            if world.is_main:
+                print(f"stopped after step {done} ({stops.reason or 'another rank was asked to'}); run again to go on.")
+                run.stop_file.unlink(missing_ok=True)
+            return EXIT_STOPPED
+    stream.close()
+    if world.is_main:
+        run.finish(last_step)
+        print(f"finished after {last_step} steps: {run.path}", flush=True)
+    return EXIT_FINISHED
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def take(stream: Iterator[Batch], count: int, watch: Stopwatch) -> list[Batch]:
+    since = time.perf_counter()
+    batches = [next(stream) for _ in range(count)]
+    watch.waited(since)
+    return batches
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that follows from configuration, store and number of ranks."""
+
+    config: TrainConfig
+    model: ModelConfig
+    """With the number of classes."""
+    store: CodeStore
+    store_sha256: str
+    plan: Plan
+    split: BatchSplit
+    stream: TrainStream
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.config, self.model, self.store_sha256, versions())
+
+
+def prepare(config: TrainConfig, ranks: int) -> Job:
+    """Open and check what the run needs, before anything is allocated. Raises MvarError."""
+    split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
+    ds_config.resolve(config, split)
+    store = CodeStore.open(config.data.store, reader=config.data.reader)
+    store.require_geometry(config.model.patch_nums, config.model.vocab_size, config.model.latent_channels)
+    labelled = len(store.manifest.classes)
+    classes = config.model.num_classes or labelled
+    if classes < labelled:
+        raise ConfigError(
+            f"model.num_classes {classes}: the code store {config.data.store} has {labelled} classes."
+            " Leave the key out to take the store's number."
+        )
+    if config.tracking.sample_every:
+        check_tokenizer(config, store)
+    return Job(
+        config=config,
+        model=config.model.model_copy(update={"num_classes": classes}),
+        store=store,
+        store_sha256=hashlib.sha256((config.data.store / MANIFEST).read_bytes()).hexdigest(),
+        plan=Plan.of(config, len(store.split("train"))),
+        split=split,
+        stream=TrainStream(store.split("train"), config.seed, config.global_batch),
+    )
+
+
+def check_tokenizer(config: TrainConfig, store: CodeStore) -> None:
+    path = config.data.tokenizer
+    if path is None:
+        raise ConfigError("tracking.sample_every needs data.tokenizer, the tokenizer that the store was made with.")
+    if not path.is_file():
+        raise TokenizerError(f"data.tokenizer {path}: no such file. Give the tokenizer that the store was made with.")
+    ours, theirs = sha256_of(path), store.manifest.tokenizer.sha256
+    if ours != theirs:
+        raise TokenizerError(
+            f"data.tokenizer {path} (sha256 {ours[:12]}) did not make the code store {store.folder} ({theirs[:12]})."
+            " Its pictures would be noise. Give the one that did, or set tracking.sample_every=0."
+        )
+
+
+def begin(engine: Engine, run: RunFolder, job: Job, world: World) -> int:
+    """Take up the newest good checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
+    folder = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
+    if folder is None:
+        world.together(lambda: run.require_no_history() if world.is_main else None)
+        engine.initialise()
+        done = 0
+    else:
+        world.together(lambda: checkpoint.require_same(folder, job.identity))
+        done = engine.restore(folder)
+    if world.is_main:
+        run.config.write_text(dump(job.config), encoding="utf-8")
+        where = "beginning" if folder is None else f"going on from {folder.name}"
+        print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
+    return done
+
+
+def save(engine: Engine, run: RunFolder, job: Job, tracker: Tracker, world: World, done: int) -> None:
+    since = time.perf_counter()
+    tracker.sync()
+    engine.save(run.checkpoints, done, job.identity)
+    if world.is_main:
+        checkpoint.keep_newest(run.checkpoints, job.config.checkpoint.keep_last)
+    tracker.write("checkpoint", done, seconds=time.perf_counter() - since)
+
+
+def track_step(tracker: Tracker, done: int, result: StepResult, watch: Stopwatch, world: World) -> None:
+    step_s, wait_s = watch.look()
+    averages = result.averages
+    extra: dict[str, object] = {}
+    if result.bad_samples:
+        extra["bad_samples"] = result.bad_samples[:64]
+    if result.loss_scale is not None:
+        extra["loss_scale"] = result.loss_scale
+    tracker.write(
+        "train",
+        done,
+        loss=averages.loss,
+        loss_per_scale=averages.loss_per_scale,
+        accuracy=averages.accuracy,
+        accuracy_per_scale=averages.accuracy_per_scale,
+        grad_norm=result.grad_norm,
+        lr=result.lr,
+        weight_decay=result.weight_decay,
+        skipped=result.skipped,
+        imgs_per_s=averages.images / step_s,
+        step_s=step_s,
+        wait_s=wait_s,
+        memory_gib=memory_gib(world.device),
+        **extra,
+    )
+
+
+def validate(engine: Engine, job: Job, tracker: Tracker, world: World, done: int) -> None:
+    """Loss and accuracy on the store's validation split, if it has one, with no label dropped."""
+    split = job.store.split("val")
+    if not len(split):
+        return
+    limit = job.config.tracking.validate_images
+    found = engine.evaluate(eval_batches(split, limit, job.split.micro_batch, world.rank, world.size))
+    tracker.write(
+        "val",
+        done,
+        images=found.images,
+        loss=found.loss,
+        loss_per_scale=found.loss_per_scale,
+        accuracy=found.accuracy,
+        accuracy_per_scale=found.accuracy_per_scale,
+    )
+
+
+def draw_samples(engine: Engine, run: RunFolder, job: Job, tracker: Tracker, world: World, done: int) -> None:
+    """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes."""
+    tracking, classes = job.config.tracking, job.model.num_classes
+    assert classes is not None and job.config.data.tokenizer is not None
+    rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
+    labels = rows.repeat(tracking.sample_per_class)
+    share = math.ceil(len(labels) / world.size)
+    # Equally many for every rank, so that collectives pair up; what is too much is thrown away.
+    mine = np.arange(world.rank * share, (world.rank + 1) * share) % len(labels)
+    parts = []
+    with engine.drawing() as model:
+        for chunk in np.array_split(mine, math.ceil(share / job.split.micro_batch)):
+            codes_BL = generate(
+                model, engine.objective.quantizer, torch.from_numpy(labels[chunk]), seeds=chunk.tolist()
+            )
+            parts.append(codes_BL.cpu())
+    codes_NL = torch.cat(world.gather(torch.cat(parts)))[: len(labels)]
+    name = f"samples/step-{done:09d}.png"
+    if world.is_main:
+        tokenizer = load_tokenizer(job.config.data.tokenizer).eval().to(world.device)
+        with torch.no_grad():
+            pictures = [to_uint8(tokenizer.decode(codes_BL.to(world.device))) for codes_BL in torch.split(codes_NL, 16)]
+        save_png(run.path / name, grid(np.concatenate(pictures), columns=tracking.sample_per_class))
+    tracker.write("sample", done, file=name)
+
+
+def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:
+    return Tracker(
+        run.path,
+        job.config.tracking,
+        is_main=world.is_main,
+        resumed_step=done,
+        last_step=job.plan.last_step,
+        global_batch=job.config.global_batch,
+        settings=job.config.model_dump(mode="json"),
+    )
+
+
+def versions() -> dict[str, str]:
+    return {
+        "mvar": mvar.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "deepspeed": importlib.metadata.version("deepspeed"),
+    }
+
+
+def summary(job: Job, parameters: int, stage: int) -> str:
+    plan, split, config = job.plan, job.split, job.config
+    return (
+        f"{parameters:,} parameters, {job.model.num_classes} classes,"
+        f" {len(job.store.split('train')):,} training and {len(job.store.split('val')):,} validation images\n"
+        f"  {plan.last_step:,} steps of {split.global_batch} images = {split.ranks} ranks x {split.micro_batch}"
+        f" x {split.accumulation} accumulated; {plan.warmup_steps:,} of {plan.total_steps:,} steps warm up"
+        f" to lr {plan.peak_lr:.3g}\n"
+        f"  ZeRO stage {stage}, {config.engine.precision}, {torch.get_num_threads()} CPU threads a rank;"
+        f" accuracy is per token: 4-6 % is normal with 4,096 words"
+    )
+
+
+def dry_run(config: TrainConfig, ranks: int) -> None:
+    """Resolve everything, allocate nothing, print what would be run."""
+    launch.choose_accelerator()
+    job = prepare(config, ranks)
+    with torch.device("meta"):
+        model = build_model(config, job.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stage = ds_config.read_template(ds_config.find_template(config.engine.ds_config))["zero_optimization"]["stage"]
+    print(f"dry run: {summary(job, parameters, stage)}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mvar train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys of the configuration:\n" + describe(TrainConfig),
+    )
+    parser.add_argument("--config", type=Path, help="YAML file, such as recipes/d16.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
+    parser.add_argument("--from-scratch", action="store_true", help="move what is in the run folder aside and begin")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes and steps, and end")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # From the deepspeed launcher.
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    main_rank = launch.rank_hint(os.environ) == 0
+    try:
+        config = load(TrainConfig, args.config, args.overrides)
+        if args.dry_run:
+            if main_rank:
+                dry_run(config, launch.detect(os.environ).size)
+            return EXIT_FINISHED
+    except MvarError:
+        if main_rank:
+            raise
+        return 2  # The same on every rank; one message is enough.
+    world = launch.start(os.environ, config.engine.threads)
+    try:
+        code = train(config, world, from_scratch=args.from_scratch)
+    except launch.RemoteError as error:
+        code = 2 if error.expected else 1
+    launch.finish()
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

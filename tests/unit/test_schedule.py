@@ -1,0 +1,73 @@
+"""Schedules and parameter groups against the official implementation, and their edges."""
+
+import math
+
+import pytest
+
+from mvar.config import TrainConfig
+from mvar.schedule import Plan, decays, lr_share, weight_decay
+from tests.golden import golden_json
+
+
+def test_lr_and_weight_decay_equal_the_published_ones() -> None:
+    runs = golden_json("schedules", "lr_wd.json")
+    assert {run["config"]["sche"] for run in runs.values()} == {"lin0", "lin00", "lin", "cos", "exp", "lin0.3"}
+    for run in runs.values():
+        c = run["config"]
+        for row in run["rows"]:
+            share = lr_share(row["it"], c["max_it"], round(c["wp_it"]), c["wp0"], c["wpe"], c["sche"])
+            assert c["peak_lr"] * share == pytest.approx(row["lr"], rel=1e-12)
+            decay = weight_decay(row["it"], c["max_it"], c["wd"], c["wd_end"])
+            assert decay == pytest.approx(row["wd_decay_group"], rel=1e-12)
+
+
+def test_parameter_groups_equal_the_published_ones() -> None:
+    groups = golden_json("schedules", "param_groups_mvar_tiny.json")
+    shapes = {entry["name"]: entry["shape"] for entry in _tiny_shapes()}
+    for expected, names in ((True, groups["decay"]), (False, groups["no_decay"])):
+        for name in names:
+            assert decays(name, len(shapes[name])) is expected, name
+
+
+def _tiny_shapes() -> list[dict[str, object]]:
+    from tests.golden import golden
+
+    return [
+        {"name": name, "shape": list(value.shape)} for name, value in golden("mvar_tiny", "state.safetensors").items()
+    ]
+
+
+def plan(images: int = 1000, **changes: object) -> Plan:
+    tree: dict[str, object] = {"run": "r", "data": {"store": "s"}, "epochs": 2, "global_batch": 100}
+    return Plan.of(TrainConfig.model_validate(tree | changes), images)
+
+
+def test_length_counts_images_not_batches_per_epoch() -> None:
+    assert plan(images=1000).total_steps == 20
+    assert plan(images=1001).total_steps == 21
+    assert plan(images=1049, epochs=4).total_steps == math.ceil(4 * 1049 / 100)
+    assert plan(images=10, epochs=0.5).total_steps == 1
+
+
+def test_max_steps_cuts_the_run_but_not_the_schedule() -> None:
+    whole, cut = plan(), plan(max_steps=7)
+    assert (cut.last_step, cut.total_steps) == (7, 20)
+    assert [cut.lr(step) for step in range(7)] == [whole.lr(step) for step in range(7)]
+
+
+def test_peak_scales_with_the_batch_and_warm_up_defaults_to_a_fiftieth() -> None:
+    a = plan(images=10_000, epochs=50, global_batch=512)
+    assert a.peak_lr == pytest.approx(2e-4)
+    assert a.warmup_steps == round(10_000 / 512)
+    assert a.lr(0) == pytest.approx(0.005 * 2e-4)
+    assert a.lr(a.warmup_steps) == pytest.approx(2e-4)
+    assert a.lr(a.total_steps - 1) == pytest.approx(0.1 * 2e-4)
+
+
+@pytest.mark.parametrize("kind", ["lin0", "lin00", "lin", "cos", "exp", "lin0.3"])
+def test_shortest_runs_have_a_finite_rate(kind: str) -> None:
+    for total in (1, 2, 3):
+        for warmup in range(total + 1):
+            for step in range(total):
+                assert 0 < lr_share(step, total, warmup, 0.005, 0.1, kind) <= 1
+    assert weight_decay(0, 1, 0.05, 0.08) == pytest.approx(0.05)
