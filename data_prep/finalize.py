@@ -63,6 +63,7 @@ def finalize(folder: Path, tasks: int | None = None, workers: int | None = None)
         checked = list(pool.map(lambda plan: _check(folder, job, plan, pyramid), plans))
     unfinished = [plan for plan, shard in zip(plans, checked, strict=True) if shard is None]
     if unfinished:
+        (folder / MANIFEST).unlink(missing_ok=True)
         raise StoreError(_explain_unfinished(folder, plans, unfinished, tasks))
     shards = [shard for shard in checked if shard is not None]
     manifest = _write(folder, job, shards, pyramid)
