@@ -11,9 +11,12 @@ Legend: N samples asked for, V views, L tokens of all scales.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import io
 import json
+import mmap
 import os
 import zipfile
 from collections.abc import Sequence
@@ -226,6 +229,7 @@ class Split:
         self.labels_N: I64 = table.label_N.astype(np.int64)
         self._folder = folder
         self._shards = info.shards
+        self._first_sample = np.cumsum([0, *(shard.samples for shard in info.shards)])
         self._shard_N = table.shard_N
         self._offset_N = table.offset_N
         self._windows: dict[int, U16] = {}
@@ -259,10 +263,12 @@ class Split:
     def load(self) -> None:
         """Read all codes into memory (2 x views x L bytes a sample); from then on no file is touched."""
         resident: U16 = np.empty((len(self), self.views, self.tokens), dtype=np.uint16)
-        for view in range(self.views):
-            for begin in range(0, len(self), 4096):
-                indices = np.arange(begin, min(begin + 4096, len(self)))
-                resident[indices, view] = self.codes(indices, np.full(len(indices), view))
+        for number, info in enumerate(self._shards):
+            check_file(self._folder, info, digest=False)
+            windows = self._checked_windows(number, np.fromfile(self._folder / info.name, dtype=np.uint8))
+            own = slice(*self._first_sample[number : number + 2])
+            for view in range(self.views):
+                resident[own, view] = windows[self._offset_N[own] // 2 + view * self.tokens]
         self._resident = resident
         self._windows.clear()
 
@@ -273,32 +279,40 @@ class Split:
             raise IndexError(f"view numbers must lie in [0, {self.views})")
 
     def _open(self, number: int) -> U16:
-        """A shard as every run of L consecutive 16-bit words in it: (words - L + 1, L), no copy."""
+        """A shard, mapped, as every run of L consecutive 16-bit words in it: (words - L + 1, L), no copy."""
         windows = self._windows.get(number)
         if windows is None:
             info = self._shards[number]
             check_file(self._folder, info, digest=False)
-            # Unlike numpy's mmap this holds no file descriptor: a store may have more shards than a process may open.
-            mapped = torch.from_file(
-                str(self._folder / info.name), shared=False, size=info.bytes // 2 * 2, dtype=torch.uint8
-            ).numpy()
-            self._check_headers(number, mapped)
-            words = mapped.view("<u2")
-            windows = np.lib.stride_tricks.sliding_window_view(words, self.tokens)
+            windows = self._checked_windows(number, _map(self._folder / info.name, info.bytes))
             self._windows[number] = windows
         return windows
 
-    def _check_headers(self, number: int, mapped: NDArray[np.uint8]) -> None:
-        """The first and the last sample of a shard begin where the index says; else it is another shard."""
+    def _checked_windows(self, number: int, data: NDArray[np.uint8]) -> U16:
+        """Raises StoreError unless the shard's first and last sample begin where the index says."""
         header = np.frombuffer(codes_header(self.views, self.tokens), dtype=np.uint8)
-        first, last = np.searchsorted(self._shard_N, [number, number + 1])
-        for offset in self._offset_N[[first, last - 1]]:
-            if not np.array_equal(mapped[offset - len(header) : offset], header):
-                path = self._folder / self._shards[number].name
+        for place in (self._first_sample[number], self._first_sample[number + 1] - 1):
+            offset = self._offset_N[place]
+            if not np.array_equal(data[offset - len(header) : offset], header):
                 raise StoreError(
-                    f"shard {path}: no codes of {self.views} x {self.tokens} where the index says (byte {offset}). "
-                    f"The shard is damaged or is another one. Run mvar verify {self._folder}, then tokenize again."
+                    f"shard {self._folder / self._shards[number].name}: no codes of {self.views} x {self.tokens} where "
+                    f"the index says (byte {offset}). The shard is damaged or is another one. "
+                    f"Run mvar verify {self._folder}, then tokenize again."
                 )
+        words = data[: len(data) // 2 * 2].view("<u2")
+        return np.lib.stride_tricks.sliding_window_view(words, self.tokens)
+
+
+def _map(path: Path, size: int) -> NDArray[np.uint8]:
+    """The file's bytes, read as they are touched, without reading ahead.
+
+    Unlike numpy's mmap this holds no file descriptor: a store may have more shards than a process may open.
+    """
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    with contextlib.suppress(AttributeError):
+        # Samples are read in random order: without this every one drags in megabytes around it.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(size), mmap.MADV_RANDOM)
+    return mapped.numpy()
 
 
 def codes_header(views: int, tokens: int) -> bytes:
