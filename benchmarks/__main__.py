@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run the benchmarks one after the other; results go to benchmarks/results/NAME.json."""
+"""`python -m benchmarks [NAME ...]`: run benchmarks one after the other; results go to benchmarks/results/NAME.json."""
 
 from __future__ import annotations
 
