@@ -81,6 +81,16 @@ def sha256_of(path: FilePath) -> str:
     return digest.hexdigest()
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is either complete or not there: temporary name, sync, rename, sync of the folder.
 
@@ -113,21 +123,12 @@ def _save(path: Path, kind: Kind, module: nn.Module, geometry: dict[str, Any]) -
         name: value.detach().to("cpu", torch.float32).contiguous(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
     }
-    header = {"kind": kind, "format": FORMAT, "geometry": geometry, "digest": _digest(tensors)}
+    header = {"kind": kind, "format": FORMAT, "geometry": geometry, "digest": digest_of(tensors)}
     data = safetensors.torch.save(tensors, {"mvar": json.dumps(header, sort_keys=True)})
     try:
         write_atomically(path, data)
     except OSError as error:
         raise TokenizerError(f"{kind} file {path}: cannot be written ({error.strerror}).") from None
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 # ---- reading
@@ -166,7 +167,7 @@ def _header(path: Path, kind: Kind, text: str, tensors: dict[str, Tensor]) -> di
         raise TokenizerError(
             f"{kind} file {path}: it holds a {header.get('kind')!r}, expected a {kind!r}. Give a {kind} file."
         )
-    if header.get("digest") != _digest(tensors):
+    if header.get("digest") != digest_of(tensors):
         raise TokenizerError(_damaged(path, kind, "its weights do not match the digest they were written with"))
     return header
 

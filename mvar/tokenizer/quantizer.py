@@ -147,14 +147,21 @@ class Quantizer(nn.Module):
         """Feature map (B, C, side, side) -> codes (B, L) int64 of all scales. Raises TokenizerError."""
         return torch.cat(self._residual_steps(self._checked(f_BChw)).codes_k, dim=1)
 
-    def forward(self, f_BChw: Tensor) -> Quantized:
-        """Quantize for training: codes, losses of every scale's running reconstruction, straight-through gradient."""
+    def forward(self, f_BChw: Tensor, kept_scales_B: Tensor | None = None) -> Quantized:
+        """Quantize for training: codes, losses of every scale's running reconstruction, straight-through gradient.
+
+        `kept_scales_B` (int64, 1 to S): scales that make up each image's `f_hat_BChw`; all by default.
+        """
         f_BChw = self._checked(f_BChw)
         with torch.autocast(f_BChw.device.type, enabled=False):
             steps = self._residual_steps(f_BChw)
             codebook = torch.stack([F.mse_loss(f_hat, f_BChw.detach()) for f_hat in steps.f_hats_k]).mean()
             commitment = torch.stack([F.mse_loss(f_BChw, f_hat.detach()) for f_hat in steps.f_hats_k]).mean()
-            straight_BChw = f_BChw + (steps.f_hats_k[-1] - f_BChw).detach()
+            f_hat_BChw = steps.f_hats_k[-1]
+            if kept_scales_B is not None:
+                places_B = torch.arange(len(f_BChw), device=f_BChw.device)
+                f_hat_BChw = torch.stack(steps.f_hats_k)[kept_scales_B - 1, places_B]
+            straight_BChw = f_BChw + (f_hat_BChw - f_BChw).detach()
         return Quantized(straight_BChw, torch.cat(steps.codes_k, dim=1), codebook, commitment, steps.residuals_k)
 
     def nearest(self, rows_NC: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""What the tokenizer's training minimises: a list of named, weighted terms.
+
+A term is any callable from a `Rebuilt` batch to a scalar, a module with weights of its own included, so a perceptual
+or adversarial term is one more entry in the list.
+
+Legend: B images, C channels, H = W side of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mvar.tokenizer.quantizer import Quantized
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A batch and what the tokenizer made of it: float32 pictures in [-1, 1], the rebuilt ones not clamped."""
+
+    images_BCHW: Tensor
+    rebuilt_BCHW: Tensor
+    quantized: Quantized
+
+
+class LossTerm(NamedTuple):
+    """`function` gives a scalar; the total adds `weight` times it."""
+
+    name: str
+    weight: float
+    function: Callable[[Rebuilt], Tensor]
+
+
+def absolute_error(batch: Rebuilt) -> Tensor:
+    """Mean |difference| of pixels: keeps edges crisp."""
+    return (batch.rebuilt_BCHW - batch.images_BCHW).abs().mean()
+
+
+def squared_error(batch: Rebuilt) -> Tensor:
+    """Mean squared difference of pixels: what PSNR measures."""
+    return (batch.rebuilt_BCHW - batch.images_BCHW).square().mean()
+
+
+def codebook_error(batch: Rebuilt) -> Tensor:
+    """How far words and phi are from the features."""
+    return batch.quantized.codebook_loss
+
+
+def commitment_error(batch: Rebuilt) -> Tensor:
+    """How far the features are from their words."""
+    return batch.quantized.commitment_loss
+
+
+def total_loss(terms: Sequence[LossTerm], batch: Rebuilt) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum, with its gradient, and every term alone, unweighted and detached."""
+    values = {term.name: term.function(batch) for term in terms}
+    total = sum((term.weight * values[term.name] for term in terms), start=batch.rebuilt_BCHW.new_zeros(()))
+    return total, {name: value.detach() for name, value in values.items()}
