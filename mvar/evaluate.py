@@ -22,7 +22,7 @@ from data_prep.views import RESIZE, centre_view
 from mvar.classifier import Classifier, fit, judge, load_classifier, save_classifier
 from mvar.cli import run_command
 from mvar.errors import ImageError, MvarError
-from mvar.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
+from mvar.fidelity import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
 from mvar.images import Bytes
 
 
@@ -124,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = ImageFolder(args.images, val_fraction=args.val_fraction)
     num_classes = len(folder.classes)
     samples = read_samples(args.samples, args.size)
+    if len(samples.labels_N) <= NEIGHBOURS:
+        raise MvarError(
+            f"--samples {args.samples} holds {len(samples.labels_N)} images; precision and recall need more than"
+            f" {NEIGHBOURS}, and figures worth reading need hundreds. Draw more (--per-class)."
+        )
     if int(samples.labels_N.max()) >= num_classes:
         raise MvarError(
             f"--samples {args.samples} has class {int(samples.labels_N.max())}, but {args.images} has"

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NEIGHBOURS = 3
+"""Neighbours that set the radius of a ball of `precision_recall`."""
+
 
 def frechet_distance(a_NF: Tensor, b_MF: Tensor) -> float:
     """Frechet distance of two feature sets seen as Gaussians (Heusel et al. 2017, eq. 6). Biased upward for small N."""
@@ -43,7 +46,7 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall(samples_NF: Tensor, real_MF: Tensor, neighbours: int = 3) -> PrecisionRecall:
+def precision_recall(samples_NF: Tensor, real_MF: Tensor, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019): manifolds are unions of k-nearest-neighbour balls."""
     samples, real = samples_NF.double(), real_MF.double()
     cross_NM = torch.cdist(samples, real)
