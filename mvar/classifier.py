@@ -42,7 +42,7 @@ class Classifier(nn.Module):
 def fit(images_BHWC: Bytes, labels_B: Tensor, num_classes: int, *, epochs: int = 8, seed: int = 0) -> Classifier:
     """Train on uint8 images and int64 labels, shifted by up to 2 px. The same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = Classifier(num_classes).to(memory_format=torch.channels_last)
+    model = Classifier(num_classes)
     batch = 64
     steps = epochs * max(1, len(labels_B) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -54,7 +54,7 @@ def fit(images_BHWC: Bytes, labels_B: Tensor, num_classes: int, *, epochs: int =
         if start < batch:
             order = order[torch.randperm(len(order), generator=generator)]
         chosen = order[start : start + batch]
-        images = from_uint8(images_BHWC[chosen.numpy()])
+        images = from_uint8(images_BHWC[chosen.numpy()]).contiguous(memory_format=torch.channels_last)
         dy, dx = (int(torch.randint(-2, 3, (), generator=generator)) for _ in range(2))
         loss = F.cross_entropy(model(images.roll((dy, dx), dims=(2, 3))), labels_B[chosen], label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)

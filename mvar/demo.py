@@ -151,7 +151,7 @@ def write_report(demo: Demo, seconds: float) -> dict[str, Any]:
     draw_curves(metrics, demo.report / "curves.png", "demo: training, killed half-way and resumed")
     draw_reconstructions(demo, demo.report / "reconstructions.png")
     twice, equal = compare_losses(read_metrics(demo.killed_metrics), metrics)
-    figures = json.loads((demo.root / "evaluation.json").read_text())["figures"]
+    figures: dict[str, Any] = json.loads((demo.root / "evaluation.json").read_text())["figures"]
     figures |= {"resumed_equal": equal, "steps_computed_twice": twice, "seconds": round(seconds, 1)}
     payload = {
         "name": "demo",
