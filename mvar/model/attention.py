@@ -25,6 +25,7 @@ AttentionBackend = Literal["auto", "sdpa", "flash"]
 MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
 INITIAL_LOG_SCALE = math.log(4.0)
+NORM_FLOOR = 1e-12
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -71,12 +72,14 @@ class ScaleAttention(nn.Module):
     def forward(self, x_BLC: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """(B, L, C) -> (B, L, C); `lengths`: tokens of each scale that x holds, in order."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q_BLHD, k_BLHD, v_BLHD = self.mat_qkv(x_BLC, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q_BLHD, k_BLHD, v_BLHD = self.mat_qkv(x_BLC, bias).view(*x_BLC.shape[:2], 3, self.heads, -1).unbind(2)
+        # On a CPU the half-precision attention kernel is slower than the float32 one, backward by a factor of two.
+        dtype = q_BLHD.dtype if q_BLHD.is_cuda else wide(q_BLHD.dtype)
         with no_autocast(x_BLC):
             if self.l2_norm:
                 scale_H1 = self.scale_mul_1H11.to(wide(q_BLHD.dtype)).clamp_max(MAX_LOG_SCALE).exp().view(-1, 1)
-                q_BLHD, k_BLHD = _unit(q_BLHD, scale_H1), _unit(k_BLHD)
-            out_BLHD = self._attend(q_BLHD, k_BLHD, v_BLHD, lengths)
+                q_BLHD, k_BLHD = _unit(q_BLHD, dtype, scale_H1), _unit(k_BLHD, dtype)
+            out_BLHD = self._attend(q_BLHD.to(dtype), k_BLHD.to(dtype), v_BLHD.to(dtype), lengths).to(v_BLHD.dtype)
         out: Tensor = self.proj(out_BLHD.flatten(2))
         return out
 
@@ -89,28 +92,29 @@ class ScaleAttention(nn.Module):
         usable = q.is_cuda and q.dtype in HALF
         if self.backend == "flash" and not usable:
             raise BackendError(
-                f"attention_backend=flash: flash-attn needs fp16 or bf16 on a CUDA device, got {q.dtype} on {q.device}. "
-                "Use engine.precision=bf16, or model.attention_backend=auto."
+                f"attention_backend=flash: flash-attn needs fp16 or bf16 on a CUDA device, got {q.dtype} on {q.device}."
+                " Use engine.precision=bf16, or model.attention_backend=auto."
             )
-        return usable and self.backend != "sdpa" and find_spec("flash_attn") is not None
+        return usable and self.backend != "sdpa" and _flash_installed()
 
 
-def _unit(x_BLHD: Tensor, scale_H1: Tensor | None = None) -> Tensor:
-    """Unit vectors (times `scale`), the norm taken wide, in x's dtype."""
-    norm = torch.linalg.vector_norm(x_BLHD, dim=-1, keepdim=True, dtype=wide(x_BLHD.dtype)).clamp_min(1e-12)
+def _unit(x_BLHD: Tensor, dtype: torch.dtype, scale_H1: Tensor | None = None) -> Tensor:
+    """Unit vectors (times `scale`) in `dtype`; the norm is taken wide."""
+    norm: Tensor = torch.linalg.vector_norm(x_BLHD, dim=-1, keepdim=True, dtype=wide(x_BLHD.dtype))
+    norm = norm.clamp_min(NORM_FLOOR)
     factor = norm.reciprocal() if scale_H1 is None else scale_H1 / norm
-    return (x_BLHD * factor).to(x_BLHD.dtype)
+    return (x_BLHD * factor).to(dtype)
 
 
 def _attend_sdpa(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     # split, not slices: its backward is one concatenation instead of one zero-filled gradient for each scale.
     outs = []
-    for q, k, v in zip(*(t.split(lengths, dim=1) for t in (q_BLHD, k_BLHD, v_BLHD)), strict=True):
+    for q, k, v in zip(*(torch.split(t, list(lengths), dim=1) for t in (q_BLHD, k_BLHD, v_BLHD)), strict=True):
         if q.shape[1] == 1:
             outs.append(v)  # the softmax over one token is 1
             continue
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        outs.append(F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2))
+        q_BHLD, k_BHLD, v_BHLD = (t.transpose(1, 2) for t in (q, k, v))
+        outs.append(F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, scale=scale).transpose(1, 2))
     return torch.cat(outs, dim=1)
 
 
@@ -121,13 +125,18 @@ def _attend_flash(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple
     out_THD: Tensor = _flash_attention()(
         q_THD, k_THD, v_THD, bounds, bounds, longest, longest, softmax_scale=scale, causal=False
     )
-    return out_THD.unflatten(0, (batch, -1))
+    return out_THD.view(q_BLHD.shape)
 
 
 @lru_cache(maxsize=64)
 def _varlen_on(lengths: tuple[int, ...], batch: int, device: torch.device) -> tuple[Tensor, int]:
     bounds, longest = varlen_layout(lengths, batch)
     return torch.tensor(bounds, dtype=torch.int32, device=device), longest
+
+
+@lru_cache(maxsize=1)
+def _flash_installed() -> bool:
+    return find_spec("flash_attn") is not None
 
 
 def _flash_attention() -> Callable[..., Tensor]:

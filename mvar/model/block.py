@@ -74,7 +74,7 @@ class Block(nn.Module):
             cond + self.ada_gss.squeeze(0) if self.shared_conditioning else project(self.ada_lin, cond, VECTORS)
         )
         vectors_B9C = vectors_B9C.to(wide(x_BLC.dtype))
-        gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.split(BRANCHES, dim=1))
+        gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.chunk(3, dim=1))
         for branch in range(BRANCHES):
             gate_BC = gates_GBC[branch]
             if drop_path_GB is not None:

@@ -25,8 +25,8 @@ def project(layers: nn.Sequential, cond_BC: Tensor, vectors: int) -> Tensor:
     """Conditioning vectors, wide: (B, vectors, C)."""
     linear = layers[1]
     assert isinstance(linear, nn.Linear)
-    out = layers(cond_BC.to(compute_dtype(linear.weight)))
-    return out.to(wide(out.dtype)).unflatten(-1, (vectors, -1))
+    out: Tensor = layers(cond_BC.to(compute_dtype(linear.weight)))
+    return out.to(wide(out.dtype)).view(len(out), vectors, -1)
 
 
 def modulated_norm(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype) -> Tensor:

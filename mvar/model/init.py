@@ -77,9 +77,9 @@ class Initializer:
 
     def _scale(self, leaf: str) -> float | None:
         if leaf in ("attn.proj.weight", "ffn.fc2.weight"):
-            return (2 * self.depth) ** -0.5
+            return 1 / math.sqrt(2 * self.depth)
         if leaf == "mamba.out_proj.weight" and self.init == "fixed":
-            return (2 * self.depth) ** -0.5
+            return 1 / math.sqrt(2 * self.depth)
         return {"head.weight": self.init_head, "head_nm.ada_lin.1.weight": self.init_conditioning}.get(leaf)
 
     def _scale_vectors(self, leaf: str, value: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.model import mamba_kernels
+from mvar.model.mamba_ops import causal_conv, gated_norm
 from mvar.model.precision import no_autocast, wide
 from mvar.model.ssd import ssd
 
@@ -33,11 +34,11 @@ NORM_EPS = 1e-5
 class MambaState:
     """What a Mamba-2 layer remembers of the tokens before. Empty at the start; the layer's forward replaces both.
 
-    `tail_BWK`: last CONV_WIDTH - 1 rows of [x, B, C] before the convolution. `ssm_BHPN`: the recurrence's state.
+    `tail_BVK`: last CONV_WIDTH - 1 rows of [x, B, C] before the convolution. `ssm_BHPN`: the recurrence's state.
     Both wide (float32, or float64 for a model in float64).
     """
 
-    tail_BWK: Tensor | None = None
+    tail_BVK: Tensor | None = None
     ssm_BHPN: Tensor | None = None
 
 
@@ -50,18 +51,9 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, CONV_WIDTH).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-    def forward(self, x_BLK: Tensor, tail_BWK: Tensor | None) -> Tensor:
+    def forward(self, x_BLK: Tensor, tail_BVK: Tensor | None) -> Tensor:
         """(B, L, K) -> (B, L, K); `tail`: the rows before x, zeros if None."""
-        length = x_BLK.shape[1]
-        if tail_BWK is None:
-            padded = F.pad(x_BLK, (0, 0, CONV_WIDTH - 1, 0))
-        else:
-            padded = torch.cat((tail_BWK.to(x_BLK.dtype), x_BLK), dim=1)
-        weight_WK = self.weight.to(x_BLK.dtype).squeeze(1).t()
-        out = self.bias.to(x_BLK.dtype)
-        for tap in range(CONV_WIDTH):
-            out = torch.addcmul(out, padded[:, tap : tap + length], weight_WK[tap])
-        return F.silu(out)
+        return causal_conv(x_BLK, tail_BVK, self.weight.squeeze(1), self.bias)
 
 
 class GatedNorm(nn.Module):
@@ -71,10 +63,9 @@ class GatedNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """Two (..., channels) tensors -> one of the same dtype; the statistics are wide."""
-        gated = y.to(wide(y.dtype)) * F.silu(z.to(wide(z.dtype)))
-        return F.rms_norm(gated, gated.shape[-1:], self.weight.to(gated.dtype), NORM_EPS).to(y.dtype)
+    def forward(self, y_BLI: Tensor, z_BLI: Tensor) -> Tensor:
+        """(B, L, 2C) -> the same."""
+        return gated_norm(y_BLI, z_BLI, self.weight, NORM_EPS)
 
 
 class Mamba2(nn.Module):
@@ -113,18 +104,18 @@ class Mamba2(nn.Module):
         return self.backend == "auto" and x.is_cuda and x.dtype != torch.float64 and mamba_kernels.available()
 
     def _mix_torch(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
-        z, xBC_BLK, dt_BLH = zxbcdt_BLE.split((self.inner, self.inner + 2 * STATE, self.heads), dim=-1)
+        z, xBC_BLK, dt_BLH = torch.split(zxbcdt_BLE, [self.inner, self.inner + 2 * STATE, self.heads], dim=-1)
         dtype = wide(zxbcdt_BLE.dtype)
-        tail = state.tail_BWK if state is not None else None
+        tail = state.tail_BVK if state is not None else None
         conv_BLK = self.conv1d(xBC_BLK, tail)
-        x, B_BLN, C_BLN = conv_BLK.split((self.inner, STATE, STATE), dim=-1)
-        x_BLHP = x.unflatten(-1, (self.heads, HEAD_WIDTH))
+        x, B_BLN, C_BLN = torch.split(conv_BLK, [self.inner, STATE, STATE], dim=-1)
+        x_BLHP = x.view(*x.shape[:2], self.heads, HEAD_WIDTH)
         dt_BLH = F.softplus(dt_BLH.to(dtype) + self.dt_bias.to(dtype))
         A_H = -self.A_log.to(dtype).exp()
-        y_BLHP, ssm_BHPN = ssd(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, state.ssm_BHPN if state is not None else None)
-        y_BLHP = torch.addcmul(y_BLHP, x_BLHP, self.D.to(y_BLHP.dtype).unsqueeze(-1))
+        memory_BHPN = state.ssm_BHPN if state is not None else None
+        y_BLHP, ssm_BHPN = ssd(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, self.D, memory_BHPN, final=state is not None)
         if state is not None:
-            state.tail_BWK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
+            state.tail_BVK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
         mixed: Tensor = self.norm(y_BLHP.flatten(2), z)
         return mixed
 
@@ -136,14 +127,14 @@ class Mamba2(nn.Module):
             return mamba_kernels.fused_mixer(
                 zxbcdt_BLE, weight_KW, bias_K, dt_bias_H, A_H, D_H, self.norm.weight, NORM_EPS, HEAD_WIDTH
             )
-        z, xBC_BLK, dt_BLH = zxbcdt_BLE.split((self.inner, self.inner + 2 * STATE, self.heads), dim=-1)
-        tail, ssm_BHPN = (None, None) if state is None else (state.tail_BWK, state.ssm_BHPN)
+        z, xBC_BLK, dt_BLH = torch.split(zxbcdt_BLE, [self.inner, self.inner + 2 * STATE, self.heads], dim=-1)
+        tail, ssm_BHPN = (None, None) if state is None else (state.tail_BVK, state.ssm_BHPN)
         conv_BLK = mamba_kernels.convolve(xBC_BLK, weight_KW, bias_K, tail)
-        x, B_BLN, C_BLN = conv_BLK.split((self.inner, STATE, STATE), dim=-1)
-        x_BLHP = x.unflatten(-1, (self.heads, HEAD_WIDTH))
+        x, B_BLN, C_BLN = torch.split(conv_BLK, [self.inner, STATE, STATE], dim=-1)
+        x_BLHP = x.view(*x.shape[:2], self.heads, HEAD_WIDTH)
         y_BLHP, ssm_BHPN = mamba_kernels.scan(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, dt_bias_H, ssm_BHPN)
         if state is not None:
-            state.tail_BWK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
+            state.tail_BVK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
         mixed: Tensor = self.norm(y_BLHP.flatten(2), z)
         return mixed
 

@@ -38,8 +38,8 @@ def kernels() -> Kernels:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
     except ImportError as error:
         raise BackendError(
-            f"mamba_backend=mamba_ssm: mamba-ssm or causal-conv1d cannot be imported ({error}). Install both, built for "
-            "CUDA, as requirements-gpu.txt says, or use model.mamba_backend=torch."
+            f"mamba_backend=mamba_ssm: mamba-ssm or causal-conv1d cannot be imported ({error}). Install both, built "
+            "for CUDA, as requirements-gpu.txt says, or use model.mamba_backend=torch."
         ) from None
     return Kernels(causal_conv1d_fn, mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined)
 
@@ -98,10 +98,10 @@ def fused_mixer(
     return out
 
 
-def convolve(x_BLK: Tensor, weight_KW: Tensor, bias_K: Tensor, tail_BWK: Tensor | None) -> Tensor:
+def convolve(x_BLK: Tensor, weight_KW: Tensor, bias_K: Tensor, tail_BVK: Tensor | None) -> Tensor:
     """Causal depthwise convolution and SiLU. `tail`: the rows before x (zeros if None)."""
     x_BKL = x_BLK.contiguous().transpose(1, 2)
-    initial = None if tail_BWK is None else tail_BWK.to(x_BLK.dtype).contiguous().transpose(1, 2)
+    initial = None if tail_BVK is None else tail_BVK.to(x_BLK.dtype).contiguous().transpose(1, 2)
     out_BKL: Tensor = kernels().conv(x_BKL, weight_KW, bias_K, initial_states=initial, activation="silu")
     return out_BKL.transpose(1, 2)
 

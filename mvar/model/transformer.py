@@ -1,6 +1,6 @@
-"""M-VAR (arXiv 2411.10433): the next-scale transformer, for training, evaluation and sampling through one forward path.
+"""M-VAR (arXiv 2411.10433), the next-scale transformer: one forward path for training, evaluation and sampling.
 
-Shapes: B batch, L tokens of the scales at hand, C width, V vocabulary, S scales, D depth, G residual branches of a block.
+Shapes: B batch, L tokens of the scales at hand, C width, V vocabulary, S scales, D depth, G branches of a block.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class MVAR(nn.Module):
         )
         self.head_nm = ConditionedNorm(width)
         self.head = WideLinear(width, vocab_size)
-        self.register_load_state_dict_pre_hook(_drop_published_buffers)
+        self.register_load_state_dict_pre_hook(_drop_published_buffers)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_config(
@@ -164,7 +164,7 @@ class MVAR(nn.Module):
         return scales
 
     def _embed(self, cond_BC: Tensor, x_BLC: Tensor | None, scales: range) -> Tensor:
-        """Token embeddings: the class at the coarsest scale, the coarser scales' codes elsewhere; position and level."""
+        """The class at the coarsest scale, the coarser scales' codes elsewhere; plus position and level."""
         lengths, offsets = self.pyramid.lengths, self.pyramid.offsets
         parts = []
         if scales.start == 0:
