@@ -105,6 +105,8 @@ def is_complete(folder: Path, name: str, job_sha256: str) -> bool:
             f"{job_sha256[:12]}): another tokenizer, configuration or source. Give another store=..., or remove it."
         )
     path = folder / name
+    if record.name != name:  # A copy of another shard under this name.
+        return False
     return path.is_file() and path.stat().st_size == record.bytes and sha256_of(path) == record.sha256
 
 

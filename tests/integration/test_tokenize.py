@@ -131,7 +131,7 @@ def test_running_again_verifies_and_writes_nothing(inputs, store):
     assert {path: path.stat().st_mtime_ns for path in store.glob("*.tar")} == times
 
 
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "no record", "torn record"])
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "no record", "torn record", "copy"])
 def test_running_again_mends_a_damaged_shard(inputs, pristine, store, fault):
     shard = store / "train-000001.tar"
     record = store / "train-000001.json"
@@ -144,6 +144,9 @@ def test_running_again_mends_a_damaged_shard(inputs, pristine, store, fault):
         shard.unlink()
     elif fault == "no record":
         record.unlink()
+    elif fault == "copy":  # Of another shard of the same job, record and all.
+        shutil.copy(store / "train-000002.tar", shard)
+        shutil.copy(store / "train-000002.json", record)
     else:
         record.write_text(record.read_text()[:20])
     assert tokenize(config(inputs, store)).written == 1
