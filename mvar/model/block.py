@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvar.model.attention import AttentionBackend, ScaleAttention
 from mvar.model.conditioning import modulated_norm, project, projection
 from mvar.model.mamba2 import Mamba2, MambaBackend, MambaState
-from mvar.model.precision import compute_dtype, wide
+from mvar.model.precision import wide
 
 BRANCHES = 3
 """Residual branches of a block, in order: attention, Mamba-2, feed-forward."""
@@ -61,18 +61,20 @@ class Block(nn.Module):
         x_BLC: Tensor,
         cond: Tensor,
         lengths: tuple[int, ...],
+        dtype: torch.dtype,
         drop_path_GB: Tensor | None = None,
         state: MambaState | None = None,
     ) -> Tensor:
         """(B, L, C) wide -> the same.
 
         `cond`: the class vector (B, C), or with shared conditioning the nine shared vectors (B, 9, C).
-        `lengths`: tokens of each scale that x holds. `drop_path_GB`: multipliers of the branches' output.
+        `lengths`: tokens of each scale that x holds. `dtype`: the compute dtype. `drop_path_GB`: multipliers of the
+        branches' output.
         """
-        dtype = compute_dtype(self.ffn.fc1.weight)
-        vectors_B9C = (
-            cond + self.ada_gss.squeeze(0) if self.shared_conditioning else project(self.ada_lin, cond, VECTORS)
-        )
+        if self.shared_conditioning:
+            vectors_B9C = cond + self.ada_gss.to(cond.dtype).squeeze(0)
+        else:
+            vectors_B9C = project(self.ada_lin, cond, VECTORS, dtype)
         vectors_B9C = vectors_B9C.to(wide(x_BLC.dtype))
         gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.chunk(3, dim=1))
         for branch in range(BRANCHES):

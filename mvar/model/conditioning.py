@@ -5,13 +5,11 @@ Shapes: B batch, L tokens, C width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvar.model.precision import compute_dtype, wide
+from mvar.model.precision import wide
 
 NORM_EPS = 1e-6
 
@@ -21,11 +19,9 @@ def projection(width: int, vectors: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, vectors * width))
 
 
-def project(layers: nn.Sequential, cond_BC: Tensor, vectors: int) -> Tensor:
-    """Conditioning vectors, wide: (B, vectors, C)."""
-    linear = layers[1]
-    assert isinstance(linear, nn.Linear)
-    out: Tensor = layers(cond_BC.to(compute_dtype(linear.weight)))
+def project(layers: nn.Sequential, cond_BC: Tensor, vectors: int, dtype: torch.dtype) -> Tensor:
+    """Conditioning vectors, wide: (B, vectors, C). `dtype`: the compute dtype."""
+    out: Tensor = layers(cond_BC.to(dtype))
     return out.to(wide(out.dtype)).view(len(out), vectors, -1)
 
 
@@ -36,14 +32,6 @@ def modulated_norm(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: tor
     return out.to(dtype)
 
 
-class Modulation(NamedTuple):
-    """What conditions one residual branch: gate, scale and shift, each (B, C), wide."""
-
-    gate_BC: Tensor
-    scale_BC: Tensor
-    shift_BC: Tensor
-
-
 class ConditionedNorm(nn.Module):
     """The norm before the head: LN(x) * (1 + scale) + shift with scale and shift from the class vector."""
 
@@ -51,7 +39,7 @@ class ConditionedNorm(nn.Module):
         super().__init__()
         self.ada_lin = projection(width, 2)
 
-    def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
-        """(B, L, C) wide and (B, C) -> (B, L, C) wide."""
-        scale_BC, shift_BC = project(self.ada_lin, cond_BC, 2).unbind(1)
+    def forward(self, x_BLC: Tensor, cond_BC: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, L, C) wide and (B, C) -> (B, L, C) wide. `dtype`: the compute dtype."""
+        scale_BC, shift_BC = project(self.ada_lin, cond_BC, 2, dtype).unbind(1)
         return modulated_norm(x_BLC, scale_BC, shift_BC, wide(x_BLC.dtype))

@@ -19,7 +19,7 @@ from mvar.model.attention import AttentionBackend
 from mvar.model.block import VECTORS, Block
 from mvar.model.conditioning import ConditionedNorm, project, projection
 from mvar.model.mamba2 import HEAD_WIDTH, MambaBackend, MambaState
-from mvar.model.precision import WideEmbedding, WideLinear
+from mvar.model.precision import WideEmbedding, WideLinear, compute_dtype
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
 ActivationCheckpointing = Literal["off", "every"] | int
@@ -137,20 +137,22 @@ class MVAR(nn.Module):
         scales = self._check_scales(scales, state)
         cond_BC = self.class_emb(labels_B)
         h_BLC = self._embed(cond_BC, x_BLC, scales)
-        shared = project(self.shared_ada_lin, cond_BC, VECTORS) if self.shared_conditioning else cond_BC
+        # Read off a parameter of this very module: under ZeRO-3, touching a child's weight would gather it too early.
+        dtype = compute_dtype(self.pos_start)
+        shared = project(self.shared_ada_lin, cond_BC, VECTORS, dtype) if self.shared_conditioning else cond_BC
         lengths = self.pyramid.lengths[scales.start : scales.stop]
         for index, block in enumerate(self.blocks):
             drop = None if drop_path_DGB is None else drop_path_DGB[index]
             memory = None if state is None else state.blocks[index]
             if memory is None and self._recomputes(index):
                 h_BLC = checkpoint(
-                    block, h_BLC, shared, lengths, drop, use_reentrant=False, preserve_rng_state=False
+                    block, h_BLC, shared, lengths, dtype, drop, use_reentrant=False, preserve_rng_state=False
                 )  # the model draws nothing at random, so there is no generator state to preserve
             else:
-                h_BLC = block(h_BLC, shared, lengths, drop, memory)
+                h_BLC = block(h_BLC, shared, lengths, dtype, drop, memory)
         if state is not None:
             state.next_scale = scales.stop
-        logits_BLV: Tensor = self.head(self.head_nm(h_BLC, cond_BC))
+        logits_BLV: Tensor = self.head(self.head_nm(h_BLC, cond_BC, dtype))
         return logits_BLV
 
     def _check_scales(self, scales: range | None, state: DecodeState | None) -> range:
