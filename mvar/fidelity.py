@@ -71,4 +71,5 @@ def _moments(features_NF: Tensor) -> tuple[Tensor, Tensor]:
 
 def _symmetric_root(matrix_FF: Tensor) -> Tensor:
     values_F, vectors_FF = torch.linalg.eigh(matrix_FF)
-    return (vectors_FF * values_F.clamp(min=0).sqrt()) @ vectors_FF.T
+    root_FF: Tensor = (vectors_FF * values_F.clamp(min=0).sqrt()) @ vectors_FF.T
+    return root_FF
