@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,8 @@ def _join(place: Place, device: torch.device, environ: MutableMapping[str, str])
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # Said by torch at every call of DeepSpeed's; nothing a user can do.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A kernel for tensor-parallel inference. Training never calls it, and compiling it needs g++ and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,165 @@
+"""Real processes of `mvar train`, killed and stopped for real: what they record is what nobody disturbed records."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvar.checkpoint import folder_of, load_weights, steps_in
+from tests.code_stores import make_store
+from tests.distributed import Ranks
+from tests.tiny_runs import losses, records, template, write_config
+
+STEPS = 25
+
+
+def start(folder: Path, config: Path, ranks: int, *arguments: str) -> Ranks:
+    return Ranks(
+        "tests.distributed:command", ["mvar.train", ["--config", str(config), *arguments]], ranks, folder / "logs"
+    )
+
+
+def finish(folder: Path, config: Path, ranks: int, *arguments: str, expected: int = 0) -> str:
+    """Run to the end; returns what was printed."""
+    job = start(folder, config, ranks, *arguments)
+    codes = job.wait()
+    assert codes == [expected] * ranks, f"exit codes {codes}\n{job.output()}"
+    return job.output()
+
+
+def when(job: Ranks, run: Path, step: int, action: Callable[[], None]) -> None:
+    """Do it as soon as the run has recorded `step`."""
+    metrics = run / "metrics.jsonl"
+    while job.alive() and not (metrics.exists() and f'"kind": "train", "step": {step},' in metrics.read_text()):
+        time.sleep(0.005)
+    assert job.alive(), job.output()
+    action()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("resume") / "store")
+
+
+def undisturbed(folder: Path, store: Path, ranks: int, **overrides: Any) -> list[float]:
+    finish(folder, write_config(folder, store, "undisturbed", **overrides), ranks)
+    found = losses(folder / "undisturbed")
+    assert len(found) == STEPS
+    return found
+
+
+def test_one_rank_killed_twice_ends_with_the_bits_of_the_undisturbed_run(tmp_path: Path, store: Path) -> None:
+    expected = undisturbed(tmp_path, store, 1, stage=1)
+    config, run = write_config(tmp_path, store, "killed", stage=1), tmp_path / "killed"
+    job = start(tmp_path, config, 1)
+    when(job, run, 3, job.kill)  # Before the first checkpoint: everything is done again.
+    job = start(tmp_path, config, 1)
+    when(job, run, 17, job.kill)
+    assert steps_in(run / "checkpoints") == [7, 14]
+    finish(tmp_path, config, 1)
+    assert losses(run) == expected
+    assert [record["step"] for record in records(run, "resume")] == [0, 0, 14]
+    assert [record["step"] for record in records(run, "val")] == [10, 20, 25]
+    assert [(r["loss"], r["step"]) for r in records(run, "val")] == [
+        (r["loss"], r["step"]) for r in records(tmp_path / "undisturbed", "val")
+    ]
+    _same_weights(run, tmp_path / "undisturbed")
+    assert "nothing is left to do" in finish(tmp_path, config, 1)
+
+
+def _same_weights(run: Path, other: Path) -> None:
+    (config, state), (config_other, state_other) = load_weights(run), load_weights(other)
+    assert config == config_other
+    assert all(state[name].equal(state_other[name]) for name in state)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_killed_and_stopped_in_every_way_end_with_the_same_bits(
+    tmp_path: Path, store: Path, stage: int
+) -> None:
+    expected = undisturbed(tmp_path, store, 2, stage=stage, engine__micro_batch=2)
+    config = write_config(tmp_path, store, "stopped", stage=stage, engine__micro_batch=2)
+    run = tmp_path / "stopped"
+    job = start(tmp_path, config, 2)
+    when(job, run, 9, job.kill)
+    if stage == 3:
+        job = start(tmp_path, config, 2)
+        when(job, run, 16, lambda: job.processes[1].kill())  # One rank dies alone: the other must not hang.
+        codes = job.wait()
+        assert codes[0] not in (0, 75)
+        assert codes[1] == -signal.SIGKILL
+    else:
+        job = start(tmp_path, config, 2)
+        when(job, run, 11, lambda: job.send(signal.SIGTERM, rank=1))  # Only one rank is told; both save and stop.
+        assert job.wait() == [75, 75], job.output()
+        job = start(tmp_path, config, 2)
+        when(job, run, 16, lambda: (run / "STOP").touch())
+        assert job.wait() == [75, 75], job.output()
+        assert not (run / "STOP").exists()
+        assert steps_in(run / "checkpoints")[-1] == len(losses(run)) < STEPS
+    finish(tmp_path, config, 2)
+    assert losses(run) == expected
+    _same_weights(run, tmp_path / "undisturbed")
+
+
+def test_a_run_may_change_ranks_stage_and_micro_batch_on_its_way(tmp_path: Path, store: Path) -> None:
+    expected = undisturbed(tmp_path, store, 1)
+    shapes = [(1, 1, 8, 6), (2, 3, 1, 12), (4, 2, 2, 18), (1, 0, 4, 25)]
+    for ranks, stage, micro_batch, until in shapes:
+        changed = [f"engine.ds_config={template(tmp_path, stage)}", f"engine.micro_batch={micro_batch}"]
+        finish(tmp_path, write_config(tmp_path, store, "elastic"), ranks, f"max_steps={until}", *changed)
+    found = losses(tmp_path / "elastic")
+    assert found == pytest.approx(expected, abs=1e-5)
+    resumes = records(tmp_path / "elastic", "resume")
+    assert [(r["step"], r["world"], r["zero_stage"]) for r in resumes] == [(0, 1, 1), (6, 2, 3), (12, 4, 2), (18, 1, 0)]
+
+
+def test_refusals_and_damage(tmp_path: Path, store: Path) -> None:
+    """One short run, then everything that can be wrong with going on from it."""
+    config, run = write_config(tmp_path, store, stage=0), tmp_path / "run"
+    finish(tmp_path, config, 1, "max_steps=14")
+    assert steps_in(run / "checkpoints") == [7, 14]
+
+    for override, key in (
+        ("seed=4", "seed: was 3, is 4"),
+        ("global_batch=10", "global_batch: was 8, is 10"),
+        ("model.depth=3", "model.depth: was 2, is 3"),
+        ("model.label_drop=0.2", "model.label_drop: was 0.1, is 0.2"),
+    ):
+        text = finish(tmp_path, config, 1, override, expected=2)
+        assert key in text
+    other = make_store(tmp_path / "other-store", seed=1)
+    assert "data.store (its manifest)" in finish(tmp_path, config, 1, f"data.store={other}", expected=2)
+
+    weights = folder_of(run / "checkpoints", 14) / "rank-00000.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    weights.write_bytes(flipped)
+    text = finish(tmp_path, config, 1, "max_steps=15")
+    assert "WARNING: damaged checkpoint set aside as step-000000014.damaged" in text
+    assert "going on from step-000000007" in text
+    assert len(losses(run)) == 15
+
+    shutil.rmtree(run / "checkpoints")
+    assert "--from-scratch" in finish(tmp_path, config, 1, expected=2)
+    finish(tmp_path, config, 1, "--from-scratch", "max_steps=8")
+    assert len(losses(run)) == 8
+    assert (run / "before-from-scratch-1" / "metrics.jsonl").exists()
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path: Path, store: Path) -> None:
+    config, run = write_config(tmp_path, store, epochs=1000), tmp_path / "run"
+    job = start(tmp_path, config, 1)
+    when(job, run, 1, lambda: None)
+    text = finish(tmp_path / "second", config, 1, expected=2)
+    assert f"process {job.processes[0].pid} on " in text
+    job.send(signal.SIGUSR1, rank=0)
+    assert job.wait() == [75]
+    assert json.loads((folder_of(run / "checkpoints", len(losses(run))) / "checkpoint.json").read_text())

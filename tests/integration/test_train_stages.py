@@ -1,0 +1,157 @@
+"""All ZeRO stages are one and the same training, and their checkpoints are one and the same thing.
+
+Jobs of two ranks do many cases in one process group, because starting processes is what costs time here. Stage 3 has a
+job of its own: DeepSpeed replaces torch's linear layer for the rest of the process when it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvar import checkpoint, train
+from mvar.checkpoint import Reader
+from mvar.config import TrainConfig
+from mvar.engine import Engine, parameter_groups
+from mvar.launch import World
+from mvar.model.init import init_weights_
+from mvar.model.transformer import MVAR, drop_path_rates
+from mvar.objective import Objective
+from mvar.partition import KINDS
+from mvar.randomness import drop_path, label_drop
+from tests.code_stores import make_store
+from tests.distributed import run_ranks
+from tests.tiny_runs import STAGES, config
+
+STEPS, SAVED_AT = 20, 8
+OTHER = {"0": "1", "1": "2", "2": "0", "3": "2"}
+"""Stage -> the stage whose checkpoint it also goes on from."""
+
+
+def build(world: World, tree: dict[str, Any]) -> tuple[Engine, train.Job]:
+    job = train.prepare(TrainConfig.model_validate(tree), world.size)
+    objective = Objective(job.store.quantizer(), world.device)
+    return Engine(job.config, job.model, job.plan, job.split, objective, world), job
+
+
+def run_steps(engine: Engine, job: train.Job, world: World, first: int, last: int) -> list[list[float]]:
+    """[loss, gradient norm] of each step."""
+    found = []
+    stream = job.stream.rank_batches(first * job.config.global_batch, world.rank, world.size, job.split.micro_batch)
+    for step in range(first, last):
+        result = engine.step(step, [next(stream) for _ in range(job.split.accumulation)])
+        assert not result.skipped and result.grad_norm is not None
+        found.append([result.averages.loss, result.grad_norm])
+    stream.close()
+    return found
+
+
+def train_stages(world: World, trees: dict[str, dict[str, Any]], folder: str) -> dict[str, Any]:
+    """Each stage: train from the start and save on the way; restore its own and another stage's checkpoint, save it
+    again unchanged, and go on from there."""
+    results: dict[str, Any] = {}
+    for stage, tree in trees.items():
+        engine, job = build(world, tree)
+        engine.initialise()
+        head = run_steps(engine, job, world, 0, SAVED_AT)
+        engine.save(Path(folder) / f"stage{stage}", SAVED_AT, job.identity)
+        results[stage] = {"whole": head + run_steps(engine, job, world, SAVED_AT, STEPS)}
+    for stage, tree in trees.items():
+        for label, source in (("same", stage), ("other", OTHER[stage])):
+            engine, job = build(world, tree)
+            saved = checkpoint.folder_of(Path(folder) / f"stage{source}", SAVED_AT)
+            assert engine.restore(saved) == SAVED_AT
+            engine.save(Path(folder) / f"stage{stage}-from-{label}", SAVED_AT, job.identity)
+            results[stage][label] = run_steps(engine, job, world, SAVED_AT, STEPS)
+    return results
+
+
+def plain_pytorch(tree: TrainConfig) -> list[float]:
+    """The same training with nothing but torch, the whole global batch at once. Returns the losses."""
+    torch.manual_seed(0)
+    job = train.prepare(tree, 1)
+    assert job.model.num_classes is not None
+    model = MVAR.from_config(job.model, num_classes=job.model.num_classes)
+    init_weights_(model, tree.seed)
+    optimizer = torch.optim.AdamW(parameter_groups(model), betas=tree.optim.betas, eps=tree.optim.eps)
+    objective = Objective(job.store.quantizer(), torch.device("cpu"))
+    rates = drop_path_rates(job.model.depth, job.model.resolved_drop_path)
+    found = []
+    for step in range(STEPS):
+        batch = job.stream.batch(step * tree.global_batch, 0, tree.global_batch)
+        dropped = torch.from_numpy(label_drop(tree.seed, step, batch.positions_B, job.model.label_drop))
+        labels = batch.labels_B.masked_fill(dropped, job.model.num_classes)
+        branches = torch.from_numpy(drop_path(tree.seed, step, batch.positions_B, rates))
+        loss = objective(model, batch.codes_BL, labels, branches).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), tree.optim.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = job.plan.lr(step)
+            group["weight_decay"] = job.plan.decay(step) if group["decays"] else 0.0
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    results: dict[str, Any]
+    """By stage: losses and gradient norms of each way to the end."""
+    tree: TrainConfig
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("stages")
+    store = make_store(folder / "store")
+    configs = [config(folder, store, stage=stage, engine__micro_batch=2) for stage in STAGES]
+    trees = {str(stage): tree.model_dump(mode="json") for stage, tree in zip(STAGES, configs, strict=True)}
+    sharded = {"3": trees.pop("3")}
+    results: dict[str, Any] = {}
+    for name, stages in (("job012", trees), ("job3", sharded)):
+        ranks = run_ranks(train_stages, 2, folder / name, trees=stages, folder=str(folder))
+        assert ranks[0] == ranks[1], "ranks disagree about losses or gradient norms"
+        results |= ranks[0]
+    return Trained(folder, results, configs[0])
+
+
+def test_every_stage_on_two_ranks_equals_plain_pytorch(trained: Trained) -> None:
+    expected = plain_pytorch(trained.tree)
+    assert expected[-1] < expected[0] - 0.3, "the tiny run must learn, or it proves nothing"
+    for result in trained.results.values():
+        assert [loss for loss, _ in result["whole"]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_going_on_in_the_same_stage_is_bit_exact(trained: Trained) -> None:
+    for result in trained.results.values():
+        assert result["same"] == result["whole"][SAVED_AT:]
+
+
+def test_going_on_in_another_stage_stays_within_rounding(trained: Trained) -> None:
+    for result in trained.results.values():
+        for (loss, norm), (loss_before, norm_before) in zip(result["other"], result["whole"][SAVED_AT:], strict=True):
+            assert loss == pytest.approx(loss_before, abs=1e-5)
+            assert norm == pytest.approx(norm_before, rel=1e-4)
+
+
+def test_restored_weights_and_moments_are_the_saved_bits(trained: Trained) -> None:
+    for stage in STAGES:
+        for label, source in (("same", str(stage)), ("other", OTHER[str(stage)])):
+            saved = Reader(checkpoint.folder_of(trained.folder / f"stage{source}", SAVED_AT))
+            again = Reader(checkpoint.folder_of(trained.folder / f"stage{stage}-from-{label}", SAVED_AT))
+            assert saved.record.progress == again.record.progress
+            for name, shape in saved.record.shapes.items():
+                for kind in KINDS:
+                    whole = (name, kind, 0, torch.Size(shape).numel())
+                    assert torch.equal(saved.read(*whole), again.read(*whole)), (stage, label, name, kind)
+
+
+def test_every_stage_begins_with_the_same_weights(trained: Trained) -> None:
+    first = [result["whole"][0] for result in trained.results.values()]
+    assert all(entry == pytest.approx(first[0], abs=1e-7) for entry in first)
