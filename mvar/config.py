@@ -7,6 +7,7 @@ become one ConfigError that names the key, what it got, and the nearest key that
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -153,6 +154,21 @@ class TrainConfig(Section):
 S = TypeVar("S", bound=Section)
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which only true and false are booleans: a bare `off` is the word, as in YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
 def load(section: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
     """Read `path` (YAML; None for an empty one), apply `a.b=value` overrides in order, and check the whole.
 
@@ -218,7 +234,7 @@ def _type_name(annotation: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"configuration {path}: cannot be read ({error.strerror}). Give an existing YAML file."
@@ -237,7 +253,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, such as optim.base_lr=2e-4.")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     *parents, leaf = key.split(".")

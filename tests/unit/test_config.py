@@ -25,6 +25,17 @@ def test_exponent_without_a_point_is_a_number_in_a_file(tmp_path: Path) -> None:
     assert load(TrainConfig, file).optim.base_lr == 3e-4
 
 
+def test_a_bare_off_is_the_word(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "run: r\ndata: {store: s}\nengine: {activation_checkpointing: off}\ntracking: {tensorboard: true}\n"
+    )
+    config = load(TrainConfig, file)
+    assert config.engine.activation_checkpointing == "off"
+    assert config.tracking.tensorboard is True
+    assert load(TrainConfig, file, ["tracking.tensorboard=false"]).tracking.tensorboard is False
+
+
 def test_dump_reads_back_equal() -> None:
     config = load(TrainConfig, None, [*NEEDED, "engine.activation_checkpointing=2", "model.drop_path=0.3"])
     assert check(TrainConfig, yaml.safe_load(dump(config)), "dump") == config
