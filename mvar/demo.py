@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,29 @@ import numpy as np
 import psutil
 import torch
 
-from data_prep.sources import ImageFolder
+from data_prep.sources import ImageFolder, read_rgb
 from data_prep.views import centre_view
 from mvar.cli import run_command
 from mvar.config import TrainConfig, load
 from mvar.errors import MvarError
 from mvar.images import enlarge, from_uint8, grid, save_png, to_uint8
 from mvar.report import draw_curves, read_metrics
+from mvar.schedule import Plan
 from mvar.tokenizer.files import load_tokenizer
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RANKS = 2
-PER_CLASS = 50
-"""Samples drawn of each class for the evaluation."""
-GRID_COLUMNS = 10
+VAL_FRACTION = 0.1
+"""Share of images held out where the folder has no val/; the recipes say the same."""
+IMAGES_SEEN = 40_500
+"""Images in the whole training, repeats counted: nine passes over the digits."""
+JUDGE_SEES = 36_000
+"""The same for the classifier."""
+SAMPLES = 500
+"""Samples that are drawn and judged."""
+GUIDANCE = 0.5
+GRID_COLUMNS = 12
+MOST_ROWS = 20
 ACCURACY_GOAL = 0.85
 
 
@@ -75,27 +84,34 @@ class Demo:
         return self.root / "killed-metrics.jsonl"
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
+def command(module: str, *words: object, options: Mapping[str, object], **settings: object) -> list[str]:
+    """`python -m module words --option value ... key=value ...`"""
+    line = [sys.executable, "-m", module, *map(str, words)]
+    for name, value in options.items():
+        line += [f"--{name}", str(value)]
+    return line + [f"{key}={value}" for key, value in settings.items()]
 
 
-def run(module: str, *arguments: str) -> None:
+def run(line: Sequence[str]) -> None:
     """One command of a user's, output straight to the terminal. Raises MvarError if it fails."""
-    done = subprocess.run(command(module, *arguments), check=False)
+    done = subprocess.run(line, check=False)
     if done.returncode:
-        raise MvarError(f"{module} ended with exit code {done.returncode}; its own message stands above.")
+        raise MvarError(f"{line[2]} ended with exit code {done.returncode}; its own message stands above.")
 
 
-def train_command(demo: Demo) -> list[str]:
-    launch = ["--standalone", f"--nproc-per-node={RANKS}", "-m", "mvar.train"]
-    settings = [f"run={demo.run}", f"data.store={demo.store}", f"data.tokenizer={demo.tokenizer}"]
-    return command("torch.distributed.run", *launch, "--config", str(RECIPES / "demo.yaml"), *settings)
+def train_command(demo: Demo, epochs: float) -> list[str]:
+    return command(
+        "torch.distributed.run",
+        *("--standalone", f"--nproc-per-node={RANKS}", "-m", "mvar.train"),
+        options={"config": RECIPES / "demo.yaml"},
+        **{"run": demo.run, "data.store": demo.store, "data.tokenizer": demo.tokenizer, "epochs": epochs},
+    )
 
 
-def train_and_kill(demo: Demo, kill_at_step: int) -> None:
+def train_and_kill(demo: Demo, epochs: float, kill_at_step: int) -> None:
     """Train until `kill_at_step` is on record, then SIGKILL every process of the run, as a failing node would."""
     # Its own session, so that a Ctrl-C in the terminal reaches the demo, which then ends the run by itself.
-    process = subprocess.Popen(train_command(demo), start_new_session=True)
+    process = subprocess.Popen(train_command(demo, epochs), start_new_session=True)
     try:
         while process.poll() is None and _last_step(demo.run / "metrics.jsonl") < kill_at_step:
             time.sleep(0.2)
@@ -127,22 +143,26 @@ def compare_losses(killed: list[dict[str, Any]], resumed: list[dict[str, Any]]) 
     return len(twice), bool(twice) and all(before[step] == after[step] for step in twice)
 
 
-def draw_reconstructions(demo: Demo, path: Path, pairs: int = 20) -> None:
-    """Held-out images above what the tokenizer makes of them, in rows of ten."""
-    folder = ImageFolder(demo.images, val_fraction=0.1)
+def draw_reconstructions(demo: Demo, path: Path, pairs: int = 2 * GRID_COLUMNS) -> None:
+    """Rows of held-out images, each above the row of what the tokenizer makes of them."""
+    folder = ImageFolder(demo.images, val_fraction=VAL_FRACTION)
     items = folder.splits["val"]
     chosen = [items[i] for i in np.linspace(0, len(items) - 1, pairs).astype(int)]
     originals = np.stack([centre_view(folder.reader(item.path), demo.size, 1.0) for item in chosen])
     tokenizer = load_tokenizer(demo.tokenizer).eval()
     with torch.no_grad():
         again = to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(originals))))
-    rows = [
-        row
-        for start in range(0, pairs, GRID_COLUMNS)
-        for source in (originals, again)
-        for row in source[start : start + GRID_COLUMNS]
-    ]
+    starts = range(0, pairs, GRID_COLUMNS)
+    rows = [picture for i in starts for source in (originals, again) for picture in source[i : i + GRID_COLUMNS]]
     save_png(path, enlarge(grid(rows, GRID_COLUMNS), 2))
+
+
+def draw_samples(demo: Demo, path: Path) -> None:
+    """The first samples of each class, one class a row."""
+    folders = sorted((entry for entry in demo.samples.iterdir() if entry.is_dir()), key=lambda entry: int(entry.name))
+    files = [sorted(folder.glob("*.png"))[:GRID_COLUMNS] for folder in folders[:MOST_ROWS]]
+    pictures = [np.asarray(read_rgb(file)) for row in files for file in row]
+    save_png(path, enlarge(grid(pictures, len(files[0])), 2))
 
 
 def write_report(demo: Demo, seconds: float) -> dict[str, Any]:
@@ -150,6 +170,7 @@ def write_report(demo: Demo, seconds: float) -> dict[str, Any]:
     metrics = read_metrics(demo.run / "metrics.jsonl")
     draw_curves(metrics, demo.report / "curves.png", "demo: training, killed half-way and resumed")
     draw_reconstructions(demo, demo.report / "reconstructions.png")
+    draw_samples(demo, demo.report / "samples.png")
     twice, equal = compare_losses(read_metrics(demo.killed_metrics), metrics)
     figures: dict[str, Any] = json.loads((demo.root / "evaluation.json").read_text())["figures"]
     figures |= {"resumed_equal": equal, "steps_computed_twice": twice, "seconds": round(seconds, 1)}
@@ -172,67 +193,45 @@ def write_report(demo: Demo, seconds: float) -> dict[str, Any]:
 def play(demo: Demo) -> None:
     """All steps in order."""
     begin = time.monotonic()
-    recipe = load(TrainConfig, RECIPES / "demo.yaml", [f"run={demo.run}", f"data.store={demo.store}"])
     step = Announcer(7)
 
     step("images")
-    folder = ImageFolder(demo.images, val_fraction=0.1)
-    print(f"{len(folder.items)} images of {len(folder.classes)} classes in {demo.images}")
+    folder = ImageFolder(demo.images, val_fraction=VAL_FRACTION)
+    count, classes = len(folder.items), len(folder.classes)
+    print(f"{count} images of {classes} classes to learn from in {demo.images}")
 
     step("tokenizer: learn to turn pictures into codes")
-    run(
-        "mvar.tokenizer.train",
-        "--config",
-        str(RECIPES / "demo_tokenizer.yaml"),
-        f"images={demo.images}",
-        f"out={demo.tokenizer.parent}",
-    )
+    options: dict[str, object] = {"config": RECIPES / "tokenizer_32.yaml"}
+    run(command("mvar.tokenizer.train", options=options, images=demo.images, out=demo.tokenizer.parent))
 
     step("codes: every picture through the tokenizer, once")
-    places = [
-        "--config",
-        str(RECIPES / "demo_codes.yaml"),
-        f"source={demo.images}",
-        f"tokenizer={demo.tokenizer}",
-        f"store={demo.store}",
-    ]
     for task in range(2):
-        run("data_prep.tokenize", *places, "--task", str(task), "--tasks", "2")
-    run("data_prep.finalize", str(demo.store))
+        options = {"config": RECIPES / "demo_codes.yaml", "task": task, "tasks": 2}
+        settings = {"source": demo.images, "tokenizer": demo.tokenizer, "store": demo.store}
+        run(command("data_prep.tokenize", options=options, **settings))
+    run(command("data_prep.finalize", demo.store, options={}))
+    options = {"tokenizer": demo.tokenizer, "sheet": demo.report / "scales.png"}
+    run(command("data_prep.verify", demo.store, options=options))
 
-    step(f"training on {RANKS} processes with ZeRO-2")
+    step(f"training on {RANKS} processes with ZeRO-2, killed half-way on purpose")
+    epochs = round(IMAGES_SEEN / count, 4)
     if not demo.killed_metrics.exists():
-        # Between two saves, so that some steps are computed twice and can be compared.
-        half = recipe.max_steps // 2 if recipe.max_steps else 300
+        keys = {"run": demo.run, "data.store": demo.store, "epochs": epochs}
+        recipe = load(TrainConfig, RECIPES / "demo.yaml", [f"{key}={value}" for key, value in keys.items()])
         every = recipe.checkpoint.every_steps
-        train_and_kill(demo, half // every * every + every // 2)
-        print("\nkilled with SIGKILL on purpose; the same command again:\n", flush=True)
-    if subprocess.run(train_command(demo), check=False).returncode:
-        raise MvarError("training failed; its own message stands above.")
+        # In the middle between two saves, so that some steps are computed twice and can be compared.
+        train_and_kill(demo, epochs, Plan.of(recipe, count).last_step // 2 // every * every + every // 2)
+        print("\nkilled with SIGKILL on purpose; now the same command again\n", flush=True)
+    run(train_command(demo, epochs))
 
     step("samples")
-    places = [
-        "--weights",
-        str(demo.run),
-        "--tokenizer",
-        str(demo.tokenizer),
-        "--classes",
-        "all",
-        "--per-class",
-        str(PER_CLASS),
-    ]
-    run("mvar.sample", *places, "--out", str(demo.samples), "--grid", str(demo.report / "samples.png"))
+    options = {"weights": demo.run, "tokenizer": demo.tokenizer, "out": demo.samples, "cfg": GUIDANCE}
+    run(command("mvar.sample", options=options | {"per-class": max(2, SAMPLES // classes), "batch": 50}))
 
     step("evaluation: do samples show their class, and how far are they from held-out images?")
-    places = ["--samples", str(demo.samples), "--images", str(demo.images), "--size", str(demo.size), "--resize", "1.0"]
-    run(
-        "mvar.evaluate",
-        *places,
-        "--classifier",
-        str(demo.root / "classifier.safetensors"),
-        "--json",
-        str(demo.root / "evaluation.json"),
-    )
+    options = {"samples": demo.samples, "images": demo.images, "size": demo.size, "resize": 1.0}
+    options |= {"classifier": demo.root / "classifier.safetensors", "epochs": max(1, round(JUDGE_SEES / count))}
+    run(command("mvar.evaluate", options=options | {"json": demo.root / "evaluation.json"}))
 
     step("report")
     figures = write_report(demo, time.monotonic() - begin)
@@ -265,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = args.images
     if images is None:
         images = args.out / "images"
-        run("data_prep.prepare_digits", "--out", str(images))
+        run(command("data_prep.prepare_digits", options={"out": images}))
     play(Demo(args.out, images, size=32))
     return 0
 
