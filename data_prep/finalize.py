@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.disk import remove_stale, write_file
 from data_prep.job import LAST_TASKS, Job, ShardPlan, array_list, cores
 from data_prep.shards import is_complete, read_record, read_shard
 from mvar.cli import run_command
+from mvar.disk import remove_stale, write_file
 from mvar.errors import StoreError
 from mvar.scales import ScalePyramid
 from mvar.store import (

@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from data_prep.disk import make_folder, write_file
-from data_prep.sources import Background, ImageFolder, Source
+from data_prep.layouts import Kind, open_images
+from data_prep.sources import Background, Source
 from data_prep.views import RESIZE, ViewPlan
 from mvar.config import Fraction, Section
+from mvar.disk import make_folder, write_file
 from mvar.errors import StoreError
 from mvar.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo, sha256_of
 from mvar.tokenizer.files import save_quantizer
@@ -48,7 +49,11 @@ class ViewsConfig(Section):
 class TokenizeConfig(Section):
     """Everything `mvar tokenize` can be told."""
 
-    source: Path = Field(description="image folder: class sub-folders, or train/ and val/ with class sub-folders")
+    source: str = Field(description="folder of class folders, or of train/ and val/; list file; tars, also by URL")
+    source_kind: Kind = Field("auto", description="what the source is; auto: seen from its name and content")
+    source_cache: Path | None = Field(None, description="folder that keeps copies of tars which lie behind a URL")
+    val_labels: Path | None = Field(None, description="lines `file class`, for a val/ without class folders (ImageNet)")
+    class_names: Path | None = Field(None, description="a class name a line, where the source has only numbers")
     tokenizer: Path = Field(description="tokenizer file (.safetensors, or the published .pth)")
     store: Path = Field(description="folder of the code store that is made")
     patch_nums: tuple[PositiveInt, ...] | None = Field(
@@ -147,8 +152,16 @@ class Job(pydantic.BaseModel):
 
 
 def open_source(config: TokenizeConfig) -> Source:
-    """The images to tokenize. Raises ImageError."""
-    return ImageFolder(config.source, val_fraction=config.val_fraction, background=config.background)
+    """The images to tokenize. Raises MvarError."""
+    return open_images(
+        config.source,
+        config.source_kind,
+        val_fraction=config.val_fraction,
+        background=config.background,
+        val_labels=config.val_labels,
+        class_names=config.class_names,
+        cache=config.source_cache,
+    )
 
 
 def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> Job:

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.disk import write_file, writing
+from mvar.disk import write_file, writing
 from mvar.errors import StoreError
 from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, ShardInfo, codes_header, sha256_of
 

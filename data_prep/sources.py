@@ -1,16 +1,18 @@
 """Where images come from: a listing of labelled images, and a reader that turns one of them into RGB pixels.
 
 A source lists once and reads many times. Everything that works on images (tokenizing, tokenizer training, evaluation)
-sees only `Source`: add a layout (list file, archives, ...) by writing another class with the same attributes.
+sees only `Source`; `Listing` does what all layouts share. Here is the folder layout, `listfile` and `archives` have the
+others, `layouts` picks one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -26,6 +28,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 MAX_KEY = 88
 """Characters of a key, at most."""
+VAL_LABELS = ("LOC_val_solution.csv", "val_labels.txt", "val.txt", "val_annotations.txt")
+"""Where the labels of validation images without class folders are looked for: beside val/, then in it."""
 Background = Literal["white", "black", "drop"]
 """What shows through transparent pixels: white, black, or whatever colour is stored under them."""
 
@@ -72,29 +76,45 @@ class Source(Protocol):
     def reader(self) -> Reader: ...
 
 
+class DamagedImageError(ImageError):
+    """An image whose bytes were read and are no picture: it will be so every time, on every machine."""
+
+
 @dataclass(frozen=True)
 class FileReader:
-    """Decodes image files with Pillow.
-
-    The name's extension does not matter (ImageNet has a PNG named .JPEG), CMYK and greyscale become RGB, 16-bit
-    greyscale keeps its top 8 bits, EXIF orientation is not applied (as in the published pipeline). A picture with
-    transparency is laid on `background`.
-    """
+    """Reads image files: see `decode`."""
 
     background: Background = "white"
 
     def __call__(self, path: str | Path) -> Image.Image:
         try:
-            with Image.open(path) as image:
-                image.load()
-                return to_rgb(image, self.background)
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes.
-            reason = f"{type(error).__name__}: {error}".replace(f"'{path}'", "the file").replace(str(path), "the file")
+            data = Path(path).read_bytes()
+        except OSError as error:
             raise ImageError(
-                f"image {path}: cannot be decoded ({reason}). Replace or remove the file, then run the command again."
+                f"image {path}: cannot be read ({error.strerror}). Mend or remove it, then run the command again."
             ) from None
+        return decode(data, str(path), self.background)
+
+
+def decode(data: bytes, name: str, background: Background) -> Image.Image:
+    """The picture in the bytes of an image file, mode RGB. Raises DamagedImageError.
+
+    The name's extension does not matter (ImageNet has a PNG named .JPEG), CMYK and greyscale become RGB, 16-bit
+    greyscale keeps its top 8 bits, EXIF orientation is not applied (as in the published pipeline). A picture with
+    transparency is laid on `background`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_rgb(image, background)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes.
+        reason = re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "the file", f"{type(error).__name__}: {error}")
+        raise DamagedImageError(
+            f"image {name}: cannot be decoded ({reason}). Replace or remove the file, then run the command again, or "
+            "allow some images to be left out (--skip-bad N)."
+        ) from None
 
 
 def to_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
@@ -115,38 +135,49 @@ def read_rgb(path: str | Path, background: Background = "white") -> Image.Image:
     return FileReader(background)(path)
 
 
-class ImageFolder:
-    """Class sub-folders of images: `root/<class>/**/<image>`, or the same inside `root/train` and `root/val`.
+class Entry(NamedTuple):
+    """A listed image and its size."""
 
-    Classes are the sub-folders' names, sorted; items are sorted by (label, key). Hidden files and files without an
-    image's extension are ignored. Without `root/val`, `val_fraction` of the images, picked by a hash of their keys
-    (so that adding images moves no other), becomes the split `val`. Raises ImageError when the folder does not exist,
-    holds no class, a class holds no image, or nothing is left to train on.
+    item: Item
+    bytes: int
+
+
+class Listing:
+    """A source from a list of images: sorts it by (label, key), fingerprints it, and splits it.
+
+    Without entries for `val`, `val_fraction` of the images, picked by a hash of their keys (so that adding images moves
+    no other), becomes that split. Raises ImageError when two images share a key or nothing is left to train on.
     """
 
-    def __init__(self, root: str | Path, *, val_fraction: float = 0.0, background: Background = "white") -> None:
-        self.root = Path(root)
-        self.reader = FileReader(background)
-        folders = _split_folders(self.root)
-        self.classes = tuple(name for name, _ in _class_folders(folders["train"]))
-        digest, images, size = hashlib.sha256(), 0, 0
+    def __init__(
+        self,
+        kind: str,
+        where: str,
+        classes: Iterable[str],
+        entries: Mapping[str, list[Entry]],
+        reader: Reader,
+        val_fraction: float,
+    ) -> None:
+        self.classes = tuple(classes)
+        self.reader = reader
+        digest = hashlib.sha256()
         splits: dict[str, tuple[Item, ...]] = {"val": ()}
-        for split, folder in folders.items():
-            items, sizes = _list_split(folder, self.classes)
-            splits[split] = tuple(items)
-            images, size = images + len(items), size + sum(sizes)
+        for split, own in entries.items():
+            own = sorted(own, key=lambda entry: (entry.item.label, entry.item.key))
+            splits[split] = tuple(entry.item for entry in own)
+            _refuse_twins(where, splits[split])
             digest.update(f"{split}\n".encode())
-            digest.update("".join(f"{i.key}\t{i.label}\t{s}\n" for i, s in zip(items, sizes, strict=True)).encode())
+            digest.update("".join(f"{item.key}\t{item.label}\t{size}\n" for item, size in own).encode())
         digest.update("\n".join(self.classes).encode())
-        if "val" not in folders and val_fraction > 0:
+        total = [entry.bytes for own in entries.values() for entry in own]
+        if not entries.get("val") and val_fraction > 0:
             splits = _split_by_key(splits["train"], val_fraction)
         if not splits["train"]:
             raise ImageError(
-                f"image folder {self.root}: val_fraction {val_fraction} leaves none of {images} images to train on. "
-                "Lower it."
+                f"{where}: val_fraction {val_fraction} leaves none of {len(total)} images to train on. Lower it."
             )
         self.splits = {split: splits[split] for split in SPLITS}
-        self.fingerprint = Fingerprint("image_folder", images, size, digest.hexdigest())
+        self.fingerprint = Fingerprint(kind, len(total), sum(total), digest.hexdigest())
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -156,6 +187,38 @@ class ImageFolder:
     def read_rgb(self, path: str | Path) -> Image.Image:
         """The picture of an item, mode RGB. Raises ImageError."""
         return self.reader(path)
+
+
+class ImageFolder(Listing):
+    """Class sub-folders of images: `root/<class>/**/<image>`, or the same inside `root/train` and `root/val`.
+
+    Classes are the sub-folders' names, sorted. Hidden files and files without an image's extension are ignored. As
+    ImageNet is distributed, `root/val` may hold its images in no class folders: then `val_labels`, or a file that
+    VAL_LABELS names, gives their classes (see `flat_labels`), and the listing is the same as if they lay in class
+    folders. Raises ImageError when the folder does not exist, holds no class, a class holds no image, a validation
+    image has no label, or nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        val_fraction: float = 0.0,
+        background: Background = "white",
+        val_labels: Path | None = None,
+    ) -> None:
+        self.root = Path(root)
+        folders = _split_folders(self.root)
+        classes = tuple(name for name, _ in _class_folders(folders["train"]))
+        entries = {}
+        for split, folder in folders.items():
+            labels_file = val_labels or _find_labels(folder)
+            flat = split == "val" and _is_flat(folder, classes, labels_file)
+            listed = _list_flat(folder, classes, labels_file) if flat else _list_split(folder, classes)
+            entries[split] = list(listed)
+        super().__init__(
+            "image_folder", f"image folder {self.root}", classes, entries, FileReader(background), val_fraction
+        )
 
 
 def held_out(key: str, fraction: float) -> bool:
@@ -215,26 +278,83 @@ def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def _list_split(folder: Path, classes: tuple[str, ...]) -> tuple[list[Item], list[int]]:
-    """Items sorted by (label, key), and their sizes in bytes."""
+def _list_split(folder: Path, classes: tuple[str, ...]) -> Iterator[Entry]:
     labels = {name: label for label, name in enumerate(classes)}
-    items, sizes = [], []
     for name, class_folder in _class_folders(folder):
         if name not in labels:
             raise ImageError(
                 f"image folder {folder}: class {name!r} has no folder among the training images. "
                 "Validation classes must be a part of the training classes."
             )
-        listed = sorted(_list_class(class_folder))
+        listed = list(_list_class(class_folder))
         if not listed:
             raise ImageError(
                 f"image folder {class_folder}: no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}). "
                 "Remove the empty class folder, or put images into it."
             )
-        for relative, path, size in _with_keys(name, listed, class_folder):
-            items.append(Item(relative, path, labels[name]))
-            sizes.append(size)
-    return items, sizes
+        yield from _entries(name, labels[name], listed)
+
+
+def _find_labels(folder: Path) -> Path | None:
+    found = [place / name for place in (folder.parent, folder) for name in VAL_LABELS]
+    return next((path for path in found if path.is_file()), None)
+
+
+def _is_flat(folder: Path, classes: tuple[str, ...], labels_file: Path | None) -> bool:
+    """Whether the images of `folder` lie in no class folders: loose, or there is a file of their labels."""
+    folders = {entry.name for entry in _visible(folder) if entry.is_dir()}
+    return folders.isdisjoint(classes) and (labels_file is not None or not folders)
+
+
+def _list_flat(folder: Path, classes: tuple[str, ...], labels_file: Path | None) -> Iterator[Entry]:
+    if labels_file is None:
+        raise ImageError(
+            f"image folder {folder}: its images lie in no class folders, and there is no file of their labels "
+            f"(looked for {', '.join(VAL_LABELS)} beside it and in it). Give val_labels=FILE with a line `file class` "
+            "for each, such as ImageNet's LOC_val_solution.csv."
+        )
+    labels = flat_labels(labels_file, classes)
+    by_label: dict[int, list[tuple[str, str, int]]] = {}
+    for inside, path, size in _list_class(folder):
+        name = os.path.basename(inside)
+        label = labels.get(name, labels.get(os.path.splitext(name)[0]))
+        if label is None:
+            raise ImageError(f"image {path}: {labels_file} has no line for it. Add one, or remove the image.")
+        by_label.setdefault(label, []).append((name, path, size))
+    for label, listed in by_label.items():
+        yield from _entries(classes[label], label, listed)
+
+
+def flat_labels(path: Path, classes: tuple[str, ...]) -> dict[str, int]:
+    """Labels by file name: lines `file class ...`, separated by a comma or blanks, with or without extension.
+
+    A class is a name or its number in the sorted names, from 0; what follows it does not matter, nor does a header.
+    Raises ImageError.
+    """
+    names = {name: label for label, name in enumerate(classes)}
+    numbers = {str(label): label for label in range(len(classes))}
+    labels = {}
+    for number, line in enumerate(text_lines(path)):
+        file, *rest = re.split(r"[,\s]+", line.strip(), maxsplit=2)
+        if not rest:
+            raise ImageError(
+                f"{path}, line {number + 1}: expected a file and its class, got {line[:60]!r}. (The numbers of "
+                "ImageNet's development kit do not follow the sorted synsets; use LOC_val_solution.csv.)"
+            )
+        label = names.get(rest[0], numbers.get(rest[0]))
+        if label is not None:
+            labels[file] = label
+        elif number:  # The first line may be a header.
+            raise ImageError(f"{path}, line {number + 1}: {rest[0]!r} is no class of the training images.")
+    return labels
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that are not blank. Raises ImageError."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"{path}: cannot be read ({error}). Give a text file.") from None
 
 
 def _list_class(folder: Path) -> Iterator[tuple[str, str, int]]:
@@ -255,15 +375,21 @@ def _list_class(folder: Path) -> Iterator[tuple[str, str, int]]:
                 yield f"{inside}{entry.name}", entry.path, size
 
 
-def _with_keys(name: str, listed: list[tuple[str, str, int]], folder: Path) -> list[tuple[str, str, int]]:
-    """Keys for one class: the name without its extension, or with it where two files differ in nothing else."""
-    stems = Counter(os.path.splitext(inside)[0] for inside, _, _ in listed)
-    keyed = []
-    for inside, path, size in listed:
-        stem = os.path.splitext(inside)[0]
-        keyed.append((tar_key(f"{name}/{stem if stems[stem] == 1 else inside}"), path, size))
-    keyed.sort()
-    twice = [key for key, count in Counter(key for key, _, _ in keyed).items() if count > 1]
-    if twice:
-        raise ImageError(f"image folder {folder}: two images share the key {twice[0]!r}. Rename one of them.")
-    return keyed
+def _entries(name: str, label: int, listed: list[tuple[str, str, int]]) -> Iterator[Entry]:
+    """What a class lists: (path inside it, full path, bytes) of each image."""
+    keys = file_keys([f"{name}/{inside}" for inside, _, _ in listed])
+    for key, (_, path, size) in zip(keys, listed, strict=True):
+        yield Entry(Item(key, path, label), size)
+
+
+def file_keys(names: list[str]) -> list[str]:
+    """A key for each relative path: without its extension, or with it where two differ in nothing else."""
+    stems = [os.path.splitext(name)[0] for name in names]
+    count = Counter(stems)
+    return [tar_key(stem if count[stem] == 1 else name) for name, stem in zip(names, stems, strict=True)]
+
+
+def _refuse_twins(where: str, items: tuple[Item, ...]) -> None:
+    for key, count in Counter(item.key for item in items).items():
+        if count > 1:
+            raise ImageError(f"{where}: two images share the key {key!r}. Rename one of them.")

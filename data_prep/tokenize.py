@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.decode import Order, Renderer, rendered
-from data_prep.disk import remove_stale, write_file
 from data_prep.job import LAST_TASKS, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes
 from data_prep.shards import is_complete, shard_writer
 from data_prep.sources import Item, Source
 from data_prep.views import Pixels
 from mvar.cli import run_command
 from mvar.config import describe, load
+from mvar.disk import remove_stale, write_file
 from mvar.errors import BackendError, ConfigError
 from mvar.images import from_uint8
 from mvar.randomness import permuted

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.disk import remove_stale, writing
 from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig, array_list
@@ -25,6 +24,7 @@ from data_prep.verify import contact_sheet, verify
 from data_prep.views import ViewPlan
 from mvar.cli import main as mvar
 from mvar.config import load
+from mvar.disk import remove_stale, writing
 from mvar.errors import BackendError, ConfigError, ImageError, StoreError
 from mvar.images import from_uint8
 from mvar.store import MANIFEST, CodeStore
@@ -419,7 +419,7 @@ def test_pictures_with_another_tokenizer_are_refused(pristine, tmp_path):
 def test_stale_temporaries_go_and_those_in_use_stay(tmp_path):
     ready, done = tmp_path / "ready", tmp_path / "done"
     code = (
-        "import sys, time; from pathlib import Path; from data_prep.disk import writing\n"
+        "import sys, time; from pathlib import Path; from mvar.disk import writing\n"
         f"with writing(Path({str(tmp_path / 'x.tar')!r})) as f:\n"
         f"    Path({str(ready)!r}).touch()\n"
         f"    while not Path({str(done)!r}).exists(): time.sleep(0.01)\n"

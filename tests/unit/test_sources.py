@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.sources import MAX_KEY, FileReader, ImageFolder, held_out, read_rgb, tar_key
+from data_prep.sources import MAX_KEY, DamagedImageError, FileReader, ImageFolder, held_out, read_rgb, tar_key
 from mvar.errors import ImageError
 from tests.stores import image_folder
 
@@ -43,6 +43,45 @@ def test_train_and_val_folders_are_the_splits(tmp_path):
     assert folder.classes == ("a", "b")
     assert [item.key for item in folder.splits["train"]] == ["a/1", "b/2"]
     assert [(item.key, item.label) for item in folder.splits["val"]] == [("b/3", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("LOC_val_solution.csv", "ImageId,PredictionString\nILSVRC_1,n02 1 2 3 4 n02 5 6 7 8\nILSVRC_2,n01 1 2 3 4\n"),
+        ("val.txt", "ILSVRC_1.JPEG 1\nILSVRC_2.JPEG 0\n"),
+        ("val/val_annotations.txt", "ILSVRC_1.JPEG\tn02\t0\t32\nILSVRC_2.JPEG\tn01\t0\t32\n"),
+    ],
+)
+def test_imagenet_with_a_flat_val_lists_as_with_class_folders(tmp_path, name, lines):
+    for file in ["train/n02/a.JPEG", "train/n01/b.JPEG", "val/ILSVRC_1.JPEG", "val/ILSVRC_2.JPEG"]:
+        put(tmp_path / "flat" / file)
+    for file in ["train/n02/a.JPEG", "train/n01/b.JPEG", "val/n02/ILSVRC_1.JPEG", "val/n01/ILSVRC_2.JPEG"]:
+        put(tmp_path / "folders" / file)
+    (tmp_path / "flat" / name).write_text(lines)
+    flat, folders = ImageFolder(tmp_path / "flat"), ImageFolder(tmp_path / "folders")
+    assert flat.classes == ("n01", "n02")
+    assert [(item.key, item.label) for item in flat.splits["val"]] == [("n01/ILSVRC_2", 0), ("n02/ILSVRC_1", 1)]
+    assert flat.fingerprint == folders.fingerprint
+    assert all(flat.read_rgb(item.path).mode == "RGB" for item in flat.splits["val"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, r"lie in no class folders.*Give val_labels=FILE"),
+        ("490\n361\n", r"line 1: expected a file and its class.*LOC_val_solution\.csv"),
+        ("1.png a\n2.png c\n", r"line 2: 'c' is no class"),
+        ("2.png a\n", r"val/1\.png: .* has no line for it"),
+    ],
+)
+def test_a_flat_val_without_good_labels_is_refused(tmp_path, lines, message):
+    for file in ["train/a/1.png", "val/1.png"]:
+        put(tmp_path / file)
+    if lines is not None:
+        (tmp_path / "val.txt").write_text(lines)
+    with pytest.raises(ImageError, match=message):
+        ImageFolder(tmp_path)
 
 
 def test_classes_called_train_and_val_among_others_stay_classes(tmp_path):
@@ -238,9 +277,21 @@ def test_garbage_is_refused_by_name(tmp_path, data):
         read_rgb(path)
 
 
-def test_a_missing_image_is_refused(tmp_path):
-    with pytest.raises(ImageError, match="cannot be decoded"):
+def test_an_image_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path):
+    with pytest.raises(ImageError, match="cannot be read") as caught:
         read_rgb(tmp_path / "nowhere.png")
+    assert not isinstance(caught.value, DamagedImageError)
+
+
+def test_damage_is_described_alike_every_time(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    messages = set()
+    for _ in range(3):
+        with pytest.raises(DamagedImageError) as caught:
+            read_rgb(tmp_path / "x.png")
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert "0x" not in messages.pop()
 
 
 def test_readers_and_their_errors_travel_between_processes(tmp_path):
