@@ -1,0 +1,302 @@
+"""`mvar sample`: draw images from a trained model into OUT/<class>/<number>.png.
+
+Each image is complete or absent, and is a function of the weights, the settings, --seed, its class and its number: kill
+this command at any moment and run it again, or divide it into tasks, and the folder is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mvar.cli import run_command
+from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
+from mvar.images import Bytes, grid, save_png, to_uint8
+from mvar.model.transformer import MVAR
+from mvar.sampler import check_geometry, generate_latent
+from mvar.tokenizer.files import load_tokenizer
+from mvar.tokenizer.vqvae import VQVAE
+
+RECORD = "sample.json"
+"""What a folder of samples was drawn with. Images drawn otherwise are not mixed in."""
+PROGRESS_EVERY_S = 10.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what an image looks like, besides its class and number."""
+
+    weights: str
+    """Digest of the weights, as `fingerprint` makes it."""
+    tokenizer: str
+    cfg: float
+    top_k: int
+    top_p: float
+    smooth: bool
+    seed: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image to draw."""
+
+    label: int
+    number: int
+
+    def path(self, out: Path) -> Path:
+        return out / str(self.label) / f"{self.number:05d}.png"
+
+    def seed(self, base: int) -> int:
+        """An image's own seed: 63 bits of a hash of the run's seed, its class and its number."""
+        digest = hashlib.sha256(f"{base}:{self.label}:{self.number}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Painter:
+    """A model, its tokenizer and the settings: pictures in, pixels out."""
+
+    def __init__(self, model: MVAR, tokenizer: VQVAE, settings: Settings, batch: int) -> None:
+        self.model, self.tokenizer, self.settings, self.batch = model, tokenizer, settings, batch
+
+    def draw(self, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Bytes]]:
+        """Yields uint8 (H, W, 3) in order. Every batch is full, the last one too, so that rounding is alike in all."""
+        for start in range(0, len(pictures), self.batch):
+            wanted = pictures[start : start + self.batch]
+            filled = [*wanted, *[wanted[-1]] * (self.batch - len(wanted))]
+            yield from zip(wanted, to_uint8(self._images(filled)), strict=False)
+
+    def _images(self, pictures: Sequence[Picture]) -> Tensor:
+        chosen = self.settings
+        device = self.model.pos_start.device
+        f_hat_BChw = generate_latent(
+            self.model,
+            self.tokenizer,
+            torch.tensor([picture.label for picture in pictures]),
+            chosen.cfg,
+            chosen.top_k,
+            chosen.top_p,
+            [picture.seed(chosen.seed) for picture in pictures],
+            chosen.smooth,
+        )
+        half = chosen.precision != "fp32"
+        with torch.autocast(device.type, DTYPES[chosen.precision] if half else None, enabled=half):
+            return self.tokenizer.decode_latent(f_hat_BChw)
+
+
+def parse_classes(text: str, num_classes: int) -> list[int]:
+    """ "all", or numbers and ranges such as "0-3,7", each class once, in the order given. Raises ConfigError."""
+    if text == "all":
+        return list(range(num_classes))
+    chosen: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"--classes {text}: cannot read {part!r}. Expected all, or numbers such as 0-9 or 1,5.")
+        low, high = int(first), int(last or first)
+        if low > high or high >= num_classes:
+            raise ConfigError(f"--classes {text}: {part!r} is not within 0-{num_classes - 1}, the model's classes.")
+        chosen.update(dict.fromkeys(range(low, high + 1)))
+    return list(chosen)
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Tells weights apart: a digest over every name and the first values of every tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].flatten()[:4096].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one. Raises ConfigError or BackendError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: unknown. Use auto, cpu, cuda or cuda:1.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu or auto.")
+    return device
+
+
+def claim(out: Path, settings: Settings) -> None:
+    """Note the settings in the folder, or compare with what is noted. Raises ConfigError where they differ."""
+    path = out / RECORD
+    ours = dataclasses.asdict(settings)
+    try:
+        theirs = json.loads(path.read_text())
+    except FileNotFoundError:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / f".{RECORD}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(ours, indent=1) + "\n")
+        os.replace(temporary, path)
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--out {path}: cannot be read ({error}). Remove the file, or choose another folder."
+        ) from None
+    differing = [key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key]]
+    if differing:
+        raise ConfigError(
+            f"--out {out}: holds images drawn with other {', '.join(differing)}. Choose another folder, or remove it."
+        )
+
+
+def remove_leftovers(out: Path, pictures: Sequence[Picture]) -> None:
+    """Temporary files of this task's pictures that a kill left behind."""
+    names = {f".{picture.path(out).name}." for picture in pictures}
+    for folder in {picture.path(out).parent for picture in pictures}:
+        if folder.is_dir():
+            for entry in os.scandir(folder):
+                if entry.name.endswith(".tmp") and any(entry.name.startswith(name) for name in names):
+                    os.unlink(entry.path)
+
+
+def draw_all(painter: Painter, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Bytes]]:
+    """`Painter.draw` with a line of progress now and then."""
+    began_s = said_s = time.monotonic()
+    for done, drawn in enumerate(painter.draw(pictures), start=1):
+        yield drawn
+        now_s = time.monotonic()
+        if now_s - said_s > PROGRESS_EVERY_S or done == len(pictures):
+            rate = done / (now_s - began_s)
+            left_s = (len(pictures) - done) / rate
+            print(f"sample: {done}/{len(pictures)} images   {rate:.3g} images/s   {left_s:.0f} s left", flush=True)
+            said_s = now_s
+
+
+def write_grid(
+    path: Path, pictures: Sequence[Picture], drawn: dict[Picture, Bytes], out: Path | None, columns: int
+) -> None:
+    """One row for each class. Images that were not drawn just now are read back; without all of them, no grid."""
+    sheet = []
+    for picture in pictures:
+        if picture in drawn:
+            sheet.append(drawn[picture])
+            continue
+        assert out is not None
+        file = picture.path(out)
+        if not file.is_file():
+            print(f"grid {path}: left to the task that ends last; {file} does not exist yet", flush=True)
+            return
+        try:
+            with Image.open(file) as image:
+                sheet.append(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError) as error:
+            raise ImageError(f"image {file}: cannot be read ({error}). Remove it and run again.") from None
+    save_png(path, grid(sheet, columns))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mvar sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="run folder, checkpoint folder, .safetensors or published .pth"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest that verifies)")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
+    parser.add_argument("--classes", default="all", help="all, or numbers such as 0-9 or 1,5 (default all)")
+    parser.add_argument("--per-class", type=int, default=8, help="images of each class (default 8)")
+    parser.add_argument("--cfg", type=float, default=1.5, help="guidance at the finest scale, 0: off (default 1.5)")
+    parser.add_argument("--top-k", type=int, default=900, help="likeliest words kept; 0: all, 1: greedy (default 900)")
+    parser.add_argument("--top-p", type=float, default=0.96, help="probability kept; 0 or 1: all (default 0.96)")
+    parser.add_argument("--smooth", action="store_true", help="feed mixtures of words: smoother, worse figures")
+    parser.add_argument("--seed", type=int, default=0, help="other seed, other images (default 0)")
+    parser.add_argument("--batch", type=int, default=16, help="images drawn together (default 16)")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="arithmetic (default fp32)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
+    parser.add_argument("--out", type=Path, help="folder for OUT/<class>/<number>.png")
+    parser.add_argument("--grid", type=Path, help="write all images into one PNG, a class a row")
+    parser.add_argument("--no-images", action="store_true", help="write the grid alone")
+    parser.add_argument("--tasks", type=int, default=1, help="into how many tasks the job is divided (default 1)")
+    parser.add_argument("--task", type=int, default=0, help="number of this task, from 0 (default 0)")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what no model could satisfy, before anything is loaded."""
+    if args.no_images and (args.grid is None or args.tasks != 1):
+        raise ConfigError("--no-images: needs --grid, and --tasks 1, since images of other tasks are read from --out.")
+    if not args.no_images and args.out is None:
+        raise ConfigError("--out: required, unless --no-images and --grid ask for the grid alone.")
+    if min(args.per_class, args.batch, args.tasks) < 1:
+        raise ConfigError("--per-class, --batch and --tasks: expected whole numbers from 1.")
+    if not 0 <= args.task < args.tasks:
+        raise ConfigError(
+            f"--task {args.task} --tasks {args.tasks}: expected a task number from 0 to {args.tasks - 1}."
+        )
+    if args.top_k < 0 or not 0 <= args.top_p <= 1:
+        raise ConfigError(f"--top-k {args.top_k} --top-p {args.top_p}: expected at least 0, and 0 to 1.")
+    if args.grid is not None and args.grid.suffix.lower() != ".png":
+        raise ConfigError(f"--grid {args.grid}: must end in .png.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    check_arguments(args)
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.tokenizer)
+
+    from mvar.checkpoint import load_weights
+
+    config, state = load_weights(args.weights, step=args.step)
+    if config.num_classes is None:
+        raise ConfigError(f"--weights {args.weights}: its configuration has no number of classes.")
+    with torch.device("meta"):
+        model = MVAR.from_config(config, num_classes=config.num_classes)
+    check_geometry(model, tokenizer.quantizer)
+    classes = parse_classes(args.classes, config.num_classes)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"--weights {args.weights}: not the weights of the model it describes. {error}") from None
+    settings = Settings(
+        weights=fingerprint(state),
+        tokenizer=fingerprint(tokenizer.state_dict()),
+        cfg=args.cfg,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        smooth=args.smooth,
+        seed=args.seed,
+        precision=args.precision,
+    )
+    model.store_matmuls_(DTYPES[args.precision]).to(device).eval()
+    tokenizer.to(device)
+
+    pictures = [Picture(label, number) for label in classes for number in range(args.per_class)]
+    mine = pictures[args.task :: args.tasks]
+    painter = Painter(model, tokenizer, settings, max(1, min(args.batch, len(mine))))
+    drawn: dict[Picture, Bytes] = {}
+    if args.no_images:
+        drawn = dict(draw_all(painter, mine))
+    else:
+        claim(args.out, settings)
+        remove_leftovers(args.out, mine)
+        waiting = [picture for picture in mine if not picture.path(args.out).is_file()]
+        print(f"sample: {len(mine)} images are this task's, {len(mine) - len(waiting)} of them exist", flush=True)
+        for picture, pixels in draw_all(painter, waiting):
+            save_png(picture.path(args.out), pixels)
+    if args.grid is not None:
+        write_grid(args.grid, pictures, drawn, None if args.no_images else args.out, args.per_class)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
