@@ -1,7 +1,7 @@
 """Runs the official Mamba-2 kernels on a CPU, in Triton's interpreter, and compares them with torch's backend.
 
-`python -m tests.mamba_interpreter` prints one JSON object of largest relative differences. It patches torch and replaces
-packages, so it belongs into a process of its own. float32 only: bfloat16 is wrong in the interpreter.
+`python -m tests.mamba_interpreter` prints one JSON object of largest relative differences. It patches torch and
+replaces packages, so it belongs into a process of its own. float32 only: bfloat16 is wrong in the interpreter.
 Legend: B batch, K channels, L tokens, W convolution width.
 """
 

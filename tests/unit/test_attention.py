@@ -1,6 +1,7 @@
 """Attention inside each scale. Legend: B batch, L tokens, C width, H heads, D head width."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_varlen_layout_marks_every_scale_of_every_image_and_the_longest(
     assert found == longest
     assert bounds[0] == 0
     assert bounds[-1] == 3 * pyramid.total
-    assert [b - a for a, b in zip(bounds, bounds[1:], strict=False)] == list(pyramid.lengths) * 3
+    assert [b - a for a, b in pairwise(bounds)] == list(pyramid.lengths) * 3
 
 
 def test_varlen_layout_of_a_few_scales_has_their_own_longest() -> None:
@@ -90,7 +91,7 @@ def test_flash_backend_calls_the_varlen_kernel_with_the_layout_and_equals_sdpa(m
     def kernel(q, k, v, bounds_q, bounds_k, longest_q, longest_k, softmax_scale, causal):  # type: ignore[no-untyped-def]
         calls.append((bounds_q.tolist(), bounds_k.tolist(), longest_q, longest_k, softmax_scale, causal))
         pieces = []
-        for start, stop in zip(bounds_q.tolist(), bounds_q.tolist()[1:], strict=False):
+        for start, stop in pairwise(bounds_q.tolist()):
             scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * softmax_scale
             pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:stop]))
         return torch.cat(pieces)

@@ -1,4 +1,4 @@
-"""The mamba-ssm path, run without a GPU: the official Triton kernels in Triton's interpreter, in a process of its own."""
+"""The mamba-ssm path without a GPU: the official Triton kernels in Triton's interpreter, in a process of its own."""
 
 import importlib.util
 import json

@@ -1,0 +1,300 @@
+"""Drawing token maps: against the official sampler, and what a user relies on.
+
+Legend: B images, L tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvar.errors import ConfigError, MvarError
+from mvar.model.init import init_weights_
+from mvar.model.transformer import MVAR
+from mvar.sampler import (
+    draw_codes,
+    filter_logits,
+    generate,
+    generate_latent,
+    generate_scales,
+    mix_words,
+    token_uniforms,
+    word_uniforms,
+)
+from mvar.tokenizer.quantizer import Quantizer
+from mvar.tokenizer.vqvae import VQVAE
+from tests.golden import golden, golden_json
+
+PYRAMID = (1, 2, 3, 4)
+
+
+def as_float(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def small() -> tuple[MVAR, Quantizer]:
+    torch.manual_seed(0)
+    model = MVAR(2, 5, PYRAMID, 32, 4, width=64, heads=2)
+    init_weights_(model, 0, init_gamma=1.0, init_head=4.0, init_conditioning=1.0)
+    return model, Quantizer(32, 4, PYRAMID)
+
+
+@pytest.mark.parametrize(("run", "cfg"), [("a", 1.5), ("b", 4.0), ("nocfg", 0.0)])
+@pytest.mark.parametrize("training", [True, False])
+def test_greedy_sampling_equals_the_official_one(run: str, cfg: float, training: bool) -> None:
+    model = MVAR(2, 10, PYRAMID, 64, 8).train(training)
+    model.load_state_dict(as_float(golden("mvar_tiny", "state.safetensors")))
+    tokenizer = VQVAE(32, 8, 64, PYRAMID)
+    tokenizer.load_state_dict(as_float(golden("vqvae_tiny", "state_enc_quant.safetensors", "state_dec.safetensors")))
+    expected = golden("mvar_tiny", "infer.safetensors")
+    steps = list(generate_scales(model, tokenizer, expected[f"{run}.label"], cfg, top_k=1, top_p=0.0))
+    for step in steps:
+        assert torch.equal(step.codes_BLk, expected[f"{run}.idx_{step.scale}"])
+    torch.testing.assert_close(steps[-1].f_hat_BChw, expected[f"{run}.fhat"], rtol=0, atol=1e-5)
+    images = tokenizer.decode_latent(steps[-1].f_hat_BChw)
+    torch.testing.assert_close((images + 1) / 2, expected[f"{run}.img"], rtol=0, atol=1e-5)
+    assert model.training is training
+
+
+def test_greedy_sampling_of_ten_scales_equals_the_official_one() -> None:
+    model = MVAR(3, 10)
+    model.load_state_dict(as_float(golden("mvar_ten_scales", "state_blocks.safetensors", "state_rest.safetensors")))
+    stored = golden("quantizer_real", "io.safetensors")
+    quantizer = Quantizer(4096, 32, model.pyramid.patch_nums)
+    quantizer.load_state_dict(as_float({k[6:]: v for k, v in stored.items() if k.startswith("state.")}))
+    expected = golden("mvar_ten_scales", "infer.safetensors")
+    steps = list(generate_scales(model, quantizer, expected["label"], 1.5, top_k=1, top_p=0.0))
+    assert torch.equal(torch.cat([step.codes_BLk for step in steps], dim=1), expected["idx"])
+    for step in steps:
+        found, wanted = step.f_hat_BChw[0], expected[f"fhat_sample0_{step.scale}"]
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["k900_p0.96", "k900_p0", "k0_p0.96", "k1_p0", "k600_p0.95"])
+def test_filters_keep_what_the_official_ones_keep(name: str) -> None:
+    stored = golden("sampling", "topk_topp.safetensors")
+    top_k, top_p = (float(part[1:]) for part in name.split("_"))
+    kept = filter_logits(stored["logits"], int(top_k), top_p)
+    assert torch.equal(kept.isfinite(), stored[f"keep_{name}"].bool())
+    assert torch.equal(kept[kept.isfinite()], stored["logits"][kept.isfinite()])
+    if f"probs_{name}" in stored:
+        torch.testing.assert_close(kept.softmax(-1), stored[f"probs_{name}"], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["k20_p0.9", "k0_p0.5", "k5_p0"])
+def test_filters_keep_what_the_official_ones_keep_in_a_small_vocabulary(name: str) -> None:
+    stored = golden("sampling", "topk_topp.safetensors")
+    top_k, top_p = (float(part[1:]) for part in name.split("_"))
+    kept = filter_logits(stored["logits_small"], int(top_k), top_p)
+    assert torch.equal(kept.isfinite(), stored[f"keep_small_{name}"].bool())
+
+
+def test_filters_of_nothing_keep_everything() -> None:
+    logits = torch.randn(2, 3, 8)
+    for top_k, top_p in ((0, 0.0), (8, 1.0), (100, 0.0)):
+        assert torch.equal(filter_logits(logits, top_k, top_p), logits)
+
+
+@pytest.mark.parametrize(("cfg", "scales"), [(1.5, 10), (4.0, 10), (1.5, 4), (4.0, 4)])
+def test_guidance_rises_linearly_over_the_scales(cfg: float, scales: int) -> None:
+    """Guided logits, seen through a model whose logits tell the two halves of the batch apart."""
+
+    class Probe(MVAR):
+        def forward(self, labels_B: Tensor, *_: Any, **options: Any) -> Tensor:
+            tokens = self.pyramid.lengths[options["scales"].start]
+            with_class = (labels_B != self.num_classes).float()
+            # (1 + t) * 1 - t * 0 in word 0, against a constant in word 1
+            return torch.stack((with_class, torch.full_like(with_class, 1.0)), -1)[:, None].repeat(1, tokens, 1)
+
+    patch_nums = tuple(range(1, scales + 1))
+    model, quantizer = Probe(1, 5, patch_nums, 2, 4, width=64), Quantizer(2, 4, patch_nums)
+    seen: list[Tensor] = []
+
+    def remember(logits_BLV: Tensor, *_: Any) -> Tensor:
+        seen.append(logits_BLV)
+        return logits_BLV
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mvar.sampler.filter_logits", remember)
+        generate(model, quantizer, torch.tensor([0]), cfg, top_k=1)
+    ramp = [float(logits[0, 0, 0] - 1) for logits in seen]
+    assert ramp == pytest.approx(golden_json("schedules", "cfg_ramp.json")["t"][f"cfg{cfg}_S{scales}"], abs=1e-5)
+
+
+def test_smoothing_follows_the_published_temperatures() -> None:
+    table = golden_json("schedules", "cfg_ramp.json")
+    words, seeds = torch.eye(6), torch.tensor([3])
+    logits = torch.randn(1, 4, 6)
+    for scale in range(10):
+        mixed = mix_words(logits, words, seeds, scale, scale / 9)
+        noise = -torch.log(-torch.log(word_uniforms(seeds, scale, 4, 6)))
+        sharpened = logits * table["more_smooth_logit_multiplier_S10"][scale] + noise
+        torch.testing.assert_close(mixed, (sharpened / table["gumbel_tau_S10"][scale]).softmax(-1))
+
+
+def test_smoothing_never_uses_a_word_that_was_filtered_out() -> None:
+    logits = torch.full((1, 3, 8), -torch.inf)
+    logits[..., 2:4] = 0.0
+    mixed = mix_words(logits, torch.eye(8), torch.tensor([0]), 1, 0.5)
+    assert not mixed[..., :2].any() and not mixed[..., 4:].any()
+    torch.testing.assert_close(mixed.sum(-1), torch.ones(1, 3))
+
+
+def test_draws_follow_the_distribution_and_skip_what_was_filtered_out() -> None:
+    probabilities = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    draws = 40_000
+    uniforms = token_uniforms(torch.tensor([7]), 2, draws)
+    codes = draw_codes(probabilities.log().expand(1, draws, 6), uniforms)
+    shares = torch.bincount(codes[0], minlength=6) / draws
+    assert (shares - probabilities).abs().max() < 0.01
+    assert set(codes.unique().tolist()) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("edge", [0.5 / 2**32, 1 - 0.5 / 2**32])
+def test_the_most_extreme_draws_stay_among_the_kept_words(edge: float) -> None:
+    logits = torch.full((1, 1, 50), -torch.inf)
+    logits[..., 10:20] = torch.randn(10)
+    assert 10 <= int(draw_codes(logits, torch.tensor([[edge]], dtype=torch.float64))) < 20
+
+
+def test_uniform_numbers_are_spread_independent_and_stable() -> None:
+    seeds = torch.tensor([0, 1, -5, 2**63 - 1])
+    numbers = token_uniforms(seeds, 3, 5000)
+    assert bool(((numbers > 0) & (numbers < 1)).all())
+    assert (numbers.mean(1) - 0.5).abs().max() < 0.02
+    assert (numbers.std(1) - 12**-0.5).abs().max() < 0.01
+    assert torch.corrcoef(numbers).fill_diagonal_(0).abs().max() < 0.05
+    assert not torch.equal(numbers, token_uniforms(seeds, 4, 5000))
+    words = word_uniforms(seeds, 3, 10, 500)
+    assert bool(((words > 0) & (words < 1)).all())
+    assert (words.mean((1, 2)) - 0.5).abs().max() < 0.02
+
+
+def test_uniform_numbers_equal_their_definition_in_whole_numbers() -> None:
+    """Every version and device must reproduce them: the same seed means the same image."""
+
+    def mixed(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    for seed in (42, -7):
+        by_token = [mixed(mixed(mixed(mixed(seed % 2**64) ^ 1) ^ 9) ^ token) for token in range(3)]
+        found = token_uniforms(torch.tensor([seed]), 9, 3)[0].tolist()
+        assert found == [((number >> 32) + 0.5) / 2**32 for number in by_token]
+        by_word = [mixed(mixed(mixed(mixed(mixed(seed % 2**64) ^ 2) ^ 9) ^ 0) ^ word) for word in range(3)]
+        found = word_uniforms(torch.tensor([seed]), 9, 1, 3)[0, 0].tolist()
+        assert found == [((number >> 41) + 0.5) / 2**23 for number in by_word]
+    assert token_uniforms(torch.tensor([42]), 9, 1).item() == pytest.approx(0.024954182445071638, abs=1e-15)
+
+
+def test_an_image_depends_on_its_seed_and_label_and_not_on_its_batch() -> None:
+    model, quantizer = small()
+    labels, seeds = torch.tensor([0, 1, 2, 1]), [11, 12, 13, 14]
+    together = generate(model, quantizer, labels, top_k=20, seeds=seeds)
+    for place in range(4):
+        alone = generate(model, quantizer, labels[place : place + 1], top_k=20, seeds=seeds[place : place + 1])
+        assert torch.equal(alone[0], together[place])
+    assert not torch.equal(together[1], together[3]), "another seed, another image"
+    relabelled = generate(model, quantizer, torch.tensor([3, 1, 2, 1]), top_k=20, seeds=seeds)
+    assert torch.equal(relabelled[1:], together[1:])
+    assert not torch.equal(relabelled[0], together[0])
+
+
+def test_carrying_the_state_equals_recomputing_the_prefix() -> None:
+    """Logits of the sampled codes by one whole pass, in float64, give the same draws."""
+    model, quantizer = small()
+    model.double()
+    labels = torch.tensor([0, 4])
+    seen: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
+    codes_BL = generate(model, quantizer, labels, cfg=0.0, top_k=20)
+    hook.remove()
+    whole_BLV = model(labels, quantizer.inputs_from_codes(codes_BL))
+    torch.testing.assert_close(torch.cat(seen, dim=1), whole_BLV, rtol=0, atol=1e-10)
+    for scale in range(4):
+        at = model.pyramid.segment(scale)
+        kept = filter_logits(whole_BLV[:, at], 20, 0.96)
+        redrawn = draw_codes(kept, token_uniforms(torch.tensor([0, 1]), scale, model.pyramid.lengths[scale]))
+        assert torch.equal(redrawn, codes_BL[:, at])
+
+
+def test_no_guidance_runs_each_image_once() -> None:
+    model, quantizer = small()
+    batches: list[int] = []
+    model.register_forward_hook(lambda _module, inputs, _output: batches.append(len(inputs[0])))
+    generate(model, quantizer, torch.tensor([0, 1]), cfg=0.0)
+    assert batches == [2] * 4
+    batches.clear()
+    generate(model, quantizer, torch.tensor([0, 1]), cfg=1.0)
+    assert batches == [4] * 4
+
+
+def test_greedy_ties_go_to_the_lowest_index() -> None:
+    model, quantizer = small()
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data[:] = -1.0
+    model.head.bias.data[[5, 9]] = 1.0
+    assert set(generate(model, quantizer, torch.tensor([0]), top_k=1).flatten().tolist()) == {5}
+
+
+def test_codes_rebuild_the_feature_map_unless_smoothed() -> None:
+    model, quantizer = small()
+    labels = torch.tensor([0, 1])
+    codes_BL = generate(model, quantizer, labels, top_k=20)
+    rebuilt = quantizer.latent_from_codes(codes_BL)
+    torch.testing.assert_close(generate_latent(model, quantizer, labels, top_k=20), rebuilt)
+    smoothed = generate_latent(model, quantizer, labels, top_k=20, smooth=True)
+    assert smoothed.shape == rebuilt.shape and bool(smoothed.isfinite().all())
+    assert not torch.allclose(smoothed, rebuilt)
+
+
+def test_nothing_global_changes() -> None:
+    model, quantizer = small()
+    state = torch.get_rng_state()
+    model.train()
+    with torch.enable_grad():
+        for _ in generate_scales(model, quantizer, torch.tensor([0])):
+            assert torch.is_grad_enabled()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels_B": torch.tensor([6])}, "expected 0 to 4"),
+        ({"labels_B": torch.tensor([-1])}, "expected 0 to 4"),
+        ({"labels_B": torch.zeros(0, dtype=torch.int64)}, "at least one"),
+        ({"seeds": [1, 2]}, "got 2 for 1 images"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    model, quantizer = small()
+    with pytest.raises(ConfigError, match=message):
+        generate(model, quantizer, **({"labels_B": torch.tensor([0])} | options))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "what"),
+    [
+        (Quantizer(32, 4, (1, 2, 4)), "patch_nums"),
+        (Quantizer(16, 4, PYRAMID), "vocab_size"),
+        (Quantizer(32, 8, PYRAMID), "latent_channels"),
+    ],
+)
+def test_a_tokenizer_of_another_geometry_is_refused(quantizer: Quantizer, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        generate(small()[0], quantizer, torch.tensor([0]))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model, quantizer = small()
+    model.head.weight.data[0, 0] = torch.nan
+    with pytest.raises(MvarError, match="logits of scale 0 are not finite"):
+        generate(model, quantizer, torch.tensor([0]))
