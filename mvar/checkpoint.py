@@ -232,7 +232,6 @@ def save(checkpoints: Path, partition: Partition, world: World, progress: Progre
     """
     final = folder_of(checkpoints, progress.step)
     temporary = checkpoints / f".tmp-{final.name}"
-    world.raise_together(_attempt(lambda: _prepare(temporary, partition)) if world.is_main else None)
     name = f"rank-{world.rank:05d}.safetensors"
     layout = partition.layout()
     written: list[FileRecord] = []
@@ -265,6 +264,7 @@ def save(checkpoints: Path, partition: Partition, world: World, progress: Progre
         _sync_folder(checkpoints)
 
     try:
+        world.raise_together(_attempt(lambda: _prepare(temporary, partition)) if world.is_main else None)
         world.raise_together(_attempt(write))
         parts = world.gather((name, written[0], [piece for piece, kind in layout if kind == WEIGHT]))
         world.raise_together(_attempt(commit) if world.is_main else None)

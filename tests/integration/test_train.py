@@ -1,0 +1,269 @@
+"""What `mvar train` does besides training: refuse, skip bad steps, validate, draw, run in half precision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mvar import train
+from mvar.cli import main as cli
+from mvar.config import TrainConfig
+from mvar.data import Batch, eval_batches
+from mvar.engine import Engine
+from mvar.errors import TrainingError
+from mvar.launch import World
+from mvar.lifecycle import RunFolder
+from mvar.objective import Losses, Objective
+from mvar.tracking import Stopwatch
+from tests.code_stores import make_store
+from tests.distributed import REPOSITORY, Ranks, run_ranks
+from tests.tiny_runs import config, losses, records, write_config
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("train") / "store")
+
+
+def trees(folder: Path, store: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: config(folder / name, store, name, **{"engine__micro_batch": 2, **overrides}).model_dump(mode="json")
+        for name, overrides in cases.items()
+    }
+
+
+def build(world: World, tree: dict[str, Any]) -> tuple[Engine, train.Job]:
+    job = train.prepare(TrainConfig.model_validate(tree), world.size)
+    engine = Engine(job.config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
+    return engine, job
+
+
+def batches_of(job: train.Job, world: World, step: int) -> list[Batch]:
+    stream = job.stream.rank_batches(step * job.config.global_batch, world.rank, world.size, job.split.micro_batch)
+    found = train.take(stream, job.split.accumulation, Stopwatch())
+    stream.close()
+    return found
+
+
+def run_steps(engine: Engine, job: train.Job, world: World, first: int, last: int) -> list[float]:
+    return [engine.step(step, batches_of(job, world, step)).averages.loss for step in range(first, last)]
+
+
+def weights_of(engine: Engine) -> list[list[float]]:
+    return [values.tolist() for _, _, values in engine.partition.blocks()]
+
+
+class Spoiled:
+    """An objective that gives NaN for one sample, or for every sample of a rank."""
+
+    def __init__(self, inner: Objective) -> None:
+        self.inner, self.pyramid, self.sample, self.always = inner, inner.pyramid, -1, False
+        self.current: Batch | None = None
+
+    def __call__(self, model: Any, codes_BL: torch.Tensor, labels_B: torch.Tensor, drop: Any = None) -> Losses:
+        found = self.inner(model, codes_BL, labels_B, drop)
+        assert self.current is not None
+        bad_B = torch.tensor([self.always or index == self.sample for index in self.current.indices_B.tolist()])
+        if not bad_B.any():
+            return found
+        loss_BS = found.loss_BS.masked_fill(bad_B.unsqueeze(1), float("nan"))
+        return Losses(found.loss * float("nan"), loss_BS, found.correct_BS)
+
+
+def skip_bad_steps(world: World, trees: dict[str, Any]) -> list[str]:
+    """On every stage: a NaN in one sample of one rank changes nothing anywhere, and too many in a row end it."""
+    for tree in trees.values():
+        engine, job = build(world, tree)
+        engine.initialise()
+        spoiled = Spoiled(engine.objective)
+        engine.objective = spoiled  # type: ignore[assignment]
+        original = engine._losses
+
+        def with_batch(step: int, batch: Batch, original: Any = original, spoiled: Spoiled = spoiled) -> Losses:
+            spoiled.current = batch
+            return original(step, batch)  # type: ignore[no-any-return]
+
+        engine._losses = with_batch  # type: ignore[method-assign]
+        run_steps(engine, job, world, 0, 2)
+        before = weights_of(engine)
+        batches = batches_of(job, world, 2)
+        spoiled.sample = world.gather(int(batches[1].indices_B[0]))[1]
+        result = engine.step(2, batches)
+        assert result.skipped and result.bad_samples == [spoiled.sample] and result.grad_norm is None
+        assert engine.skipped_steps == 1
+        assert weights_of(engine) == before
+        assert engine.partition.adam_steps == 2
+        spoiled.sample = -1
+        good = engine.step(3, batches_of(job, world, 3))
+        assert not good.skipped and good.averages.loss < 10 and weights_of(engine) != before
+        spoiled.always = world.rank == 1
+        for step in range(4, 6):
+            assert len(engine.step(step, batches_of(job, world, step)).bad_samples) == 4
+        with pytest.raises(TrainingError, match="3 steps in a row"):
+            engine.step(6, batches_of(job, world, 6))
+    return ["ok"]
+
+
+def test_a_bad_sample_on_one_rank_makes_all_skip_the_step(tmp_path: Path, store: Path) -> None:
+    for stages in ((0, 1, 2), (3,)):
+        cases = {f"stage{stage}": {"stage": stage, "engine__max_bad_steps": 3} for stage in stages}
+        run_ranks(skip_bad_steps, 2, tmp_path / str(stages[0]), trees=trees(tmp_path, store, cases))
+
+
+def run_variants(world: World, trees: dict[str, Any]) -> dict[str, Any]:
+    """Losses of ten steps, and the validation after them, of every variant; half-way through a checkpoint."""
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed asks whether the processor is fast in fp16. Ours computes it anyway.
+    get_accelerator().is_fp16_supported = lambda: True
+    found: dict[str, Any] = {}
+    for name, tree in trees.items():
+        engine, job = build(world, tree)
+        engine.initialise()
+        head = run_steps(engine, job, world, 0, 5)
+        folder = engine.save(Path(tree["run"]), 5, job.identity)
+        tail = run_steps(engine, job, world, 5, 10)
+        split = job.store.split("val")
+        validation = engine.evaluate(eval_batches(split, 10, 2, world.rank, world.size))
+        assert validation.images == 10
+        again, job = build(world, tree)
+        again.restore(folder)
+        assert run_steps(again, job, world, 5, 10) == tail, f"{name}: going on is not bit-exact"
+        scale = vars(again._scaler) if again._scaler is not None else None
+        assert scale is None or scale == vars(engine._scaler)
+        found[name] = {"losses": head + tail, "validation": validation.loss, "skipped": engine.skipped_steps}
+    return found
+
+
+def test_precisions_checkpointing_and_ranks_agree(tmp_path: Path, store: Path) -> None:
+    variants: dict[str, dict[str, Any]] = {
+        "fp32": {"stage": 2},
+        "recomputed": {"stage": 2, "engine__activation_checkpointing": "every"},
+        "bf16-1": {"stage": 1, "engine__precision": "bf16"},
+        "bf16-2": {"stage": 2, "engine__precision": "bf16"},
+        "autocast-0": {"stage": 0, "engine__precision": "bf16_autocast"},
+        "fp16-2": {"stage": 2, "engine__precision": "fp16"},
+    }
+    sharded: dict[str, dict[str, Any]] = {
+        "fp32-3": {"stage": 3},
+        "recomputed-3": {"stage": 3, "engine__activation_checkpointing": 2},
+        "bf16-3": {"stage": 3, "engine__precision": "bf16"},
+    }
+    found: dict[str, Any] = {}
+    for name, cases in (("job", variants), ("job3", sharded)):
+        found |= run_ranks(run_variants, 2, tmp_path / name, trees=trees(tmp_path, store, cases))[0]
+    alone = run_ranks(run_variants, 1, tmp_path / "alone", trees=trees(tmp_path, store, {"one": {"stage": 2}}))[0]
+    reference = found["fp32"]
+    assert reference["losses"][-1] < reference["losses"][0] - 0.2
+    assert found["recomputed"]["losses"] == reference["losses"], "recomputing must not change a bit"
+    assert found["recomputed-3"]["losses"] == found["fp32-3"]["losses"], "recomputing must not change a bit"
+    for other in (alone["one"], found["fp32-3"]):
+        assert other["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+        assert other["validation"] == pytest.approx(reference["validation"], abs=1e-5)
+    for name in ("bf16-1", "bf16-2", "bf16-3", "autocast-0"):
+        assert found[name]["losses"] == pytest.approx(reference["losses"], abs=0.03), name
+        assert found[name]["losses"] != reference["losses"]
+    fp16 = found["fp16-2"]
+    assert fp16["skipped"] < 5
+    assert fp16["losses"][-1] < fp16["losses"][0] - 0.1
+
+
+def test_pictures_and_validation_are_recorded_from_sharded_weights(tmp_path: Path, store: Path) -> None:
+    path = write_config(
+        tmp_path,
+        store,
+        stage=3,
+        engine__precision="bf16_autocast",
+        engine__micro_batch=4,
+        data__tokenizer=str(store / "tokenizer.safetensors"),
+        data__reader="ram",
+        tracking__sample_every=2,
+        tracking__sample_classes=2,
+        tracking__sample_per_class=3,
+        tracking__validate_every=0,
+        tracking__tensorboard=True,
+    )
+    job = Ranks(
+        "tests.distributed:command", ["mvar.train", ["--config", str(path), "max_steps=5"]], 2, tmp_path / "logs"
+    )
+    assert job.wait() == [0, 0], job.output()
+    run = RunFolder(tmp_path / "run")
+    assert [record["step"] for record in records(run.path, "val")] == [5]
+    drawn = [record["file"] for record in records(run.path, "sample")]
+    assert drawn == [f"samples/step-{step:09d}.png" for step in (2, 4, 5)]
+    with Image.open(run.path / drawn[-1]) as picture:
+        assert picture.size == (3 * 6 + 2 * 2, 2 * 6 + 2)
+        assert len(picture.getcolors(10_000) or []) > 10
+    assert len(losses(run.path)) == 5
+    assert "FutureWarning" not in job.output()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.vocab_size=64", ["vocab_size", "32", "64"]),
+        ("model.num_classes=2", ["model.num_classes 2", "3 classes"]),
+        ("global_batch=9 engine.micro_batch=2", ["engine.micro_batch 2", "9"]),
+        ("data.store=/nowhere", ["/nowhere"]),
+        ("tracking.sample_every=5", ["data.tokenizer"]),
+        ("tracking.sample_every=5 data.tokenizer=/nowhere", ["/nowhere"]),
+        ("optim.base_lr=fast", ["optim.base_lr", "fast"]),
+        ("optim.schedule=linear", ["optim.schedule", "linear"]),
+        ("modle.depth=3", ["modle", "model."]),
+        ("engine.ds_config=zero9.json", ["zero9.json"]),
+        ("engine.precision=bf16 engine.ds_config=ds_configs/zero0.json", ["zero1.json"]),
+    ],
+)
+def test_wrong_use_is_one_message_and_leaves_nothing(
+    tmp_path: Path, store: Path, override: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, store)
+    assert cli(["train", "--config", str(path), "--dry-run", *override.split()]) == 2
+    message = capsys.readouterr().err
+    assert message.count("mvar: error:") == 1
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_than_the_stores_is_refused(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_store(tmp_path / "other", seed=1) / "tokenizer.safetensors"
+    path = write_config(tmp_path, store, tracking__sample_every=5, data__tokenizer=str(other))
+    assert cli(["train", "--config", str(path), "--dry-run"]) == 2
+    assert "did not make the code store" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_run(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path, store, engine__micro_batch=2)
+    assert cli(["train", "--config", str(path), "--dry-run", "max_steps=7"]) == 0
+    text = capsys.readouterr().out
+    assert "255,216 parameters, 3 classes, 50 training and 10 validation images" in text
+    assert "7 steps of 8 images = 1 ranks x 2 x 4 accumulated" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for key in ("optim.base_lr", "engine.ds_config", "checkpoint.every_steps", "--from-scratch", "--dry-run"):
+        assert key in text
+
+
+def test_torchrun_starts_it_for_real(tmp_path: Path, store: Path) -> None:
+    path = write_config(tmp_path, store)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "mvar.train", "--config", str(path), "max_steps=2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 2
+    assert "finished after 2 steps" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr.replace("OMP_NUM_THREADS", "")

@@ -1,0 +1,90 @@
+"""Run folders and reasons to stop."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from mvar import lifecycle
+from mvar.errors import CheckpointError, TrainingError
+from mvar.lifecycle import RunFolder, StopRequests
+
+
+def test_signals_ask_to_stop_and_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with StopRequests(tmp_path / "STOP", 0, {}) as stops:
+            assert stops.reason is None
+            os.kill(os.getpid(), number)
+            assert stops.reason == f"got {number.name}"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_stop_file(tmp_path: Path) -> None:
+    stops = StopRequests(tmp_path / "STOP", 0, {})
+    assert stops.reason is None
+    (tmp_path / "STOP").touch()
+    assert stops.reason is not None and "STOP exists" in stops.reason
+
+
+def test_the_end_of_a_slurm_job_comes_early_enough_to_save(tmp_path: Path) -> None:
+    now = time.time()
+    environ = {"SLURM_JOB_END_TIME": str(int(now) + 1000)}
+    stops = StopRequests(tmp_path / "STOP", 300, environ, clock=lambda: now)
+    assert stops.reason is None
+    now += 701
+    assert stops.reason == "the job's time is nearly over"
+
+
+def test_finished_says_at_which_step(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.finished_step() == -1
+    run.finish(12)
+    assert run.finished_step() == 12
+    run.finished.write_text("torn")
+    with pytest.raises(TrainingError, match="FINISHED"):
+        run.finished_step()
+
+
+def test_a_locked_folder_names_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "LOCK_PATIENCE_S", 0.1)
+    first, second = RunFolder(tmp_path / "new" / "run"), RunFolder(tmp_path / "new" / "run")
+    with first.locked(), pytest.raises(TrainingError, match=f"process {os.getpid()} on"), second.locked():
+        pass
+    with second.locked():
+        pass
+
+
+def test_locking_tidies_up_after_killed_processes(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for name in (".tmp-step-000000005", ".trash-step-000000003", "step-000000004"):
+        (run.checkpoints / name).mkdir(parents=True)
+    with run.locked():
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000004"]
+
+
+def test_a_run_that_once_saved_never_begins_again_silently(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.require_no_history()
+    run.metrics.write_text('{"kind": "train", "step": 3, "samples": 3}\n')
+    run.require_no_history()  # Killed before its first checkpoint: nothing is lost by doing it again.
+    run.metrics.write_text('{"kind": "checkpoint", "step": 3, "samples": 3}\n')
+    with pytest.raises(CheckpointError, match="--from-scratch"):
+        run.require_no_history()
+    run.metrics.unlink()
+    (run.checkpoints / "step-000000004.damaged").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"step-000000004\.damaged"):
+        run.require_no_history()
+
+
+def test_from_scratch_moves_everything_aside_and_keeps_it(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.set_aside() is None
+    for number in (1, 2):
+        run.metrics.write_text(f"{number}")
+        run.checkpoints.mkdir()
+        assert run.set_aside() == tmp_path / f"before-from-scratch-{number}"
+        assert not run.metrics.exists() and not run.checkpoints.exists()
+    assert (tmp_path / "before-from-scratch-1" / "metrics.jsonl").read_text() == "1"
