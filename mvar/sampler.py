@@ -106,8 +106,9 @@ def generate_scales(
                 f"sampling: the logits of scale {scale} are not finite. The weights are damaged or overflow in "
                 f"{core.head.weight.dtype}; check the file, or sample with --precision fp32."
             )
-        kept_BLV = filter_logits(logits_BLV, top_k, top_p)
-        if top_k == 1:
+        greedy = top_k == 1
+        kept_BLV = filter_logits(logits_BLV, top_k, top_p) if smooth or not greedy else logits_BLV
+        if greedy:
             codes_BLk = logits_BLV.argmax(dim=-1)  # the first of a tie
         else:
             codes_BLk = draw_codes(kept_BLV, token_uniforms(seeds_B, scale, kept_BLV.shape[1]))
@@ -122,17 +123,44 @@ def generate_scales(
 def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
     """-inf for what is not among the `top_k` largest (ties stay), then for the tail that holds 1 - `top_p`.
 
-    A word goes if the probability of all words up to and including it, the least likely first, is at most 1 - top_p.
+    A word goes if the probability of all words up to and including it, the least likely first, is at most 1 - top_p. Of
+    equally likely words the lowest index goes first.
     """
-    if 0 < top_k < logits_BLV.shape[-1]:
-        least = logits_BLV.topk(top_k, dim=-1).values[..., -1:]
-        logits_BLV = logits_BLV.masked_fill(logits_BLV < least, -torch.inf)
-    if 0 < top_p < 1:
-        ascending, order = logits_BLV.sort(dim=-1, stable=True)
-        removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        removed[..., -1] = False
-        logits_BLV = logits_BLV.masked_fill(torch.zeros_like(removed).scatter_(-1, order, removed), -torch.inf)
-    return logits_BLV
+    vocab = logits_BLV.shape[-1]
+    count = top_k if 0 < top_k < vocab else vocab
+    nucleus = 0 < top_p < 1
+    if count == vocab and not nucleus:
+        return logits_BLV
+    ascending_BLK = logits_BLV.topk(count, dim=-1).values.flip(-1)
+    threshold_BL1, ties_BL1 = ascending_BLK[..., :1], None
+    if nucleus:
+        threshold_BL1, ties_BL1 = _nucleus(logits_BLV, ascending_BLK, 1 - top_p)
+    removed_BLV = logits_BLV < threshold_BL1
+    if ties_BL1 is not None and bool(ties_BL1.any()):
+        tied_BLV = logits_BLV == threshold_BL1
+        removed_BLV |= tied_BLV & (tied_BLV.cumsum(dim=-1) <= ties_BL1)
+    return logits_BLV.masked_fill(removed_BLV, -torch.inf)
+
+
+def _nucleus(logits_BLV: Tensor, ascending_BLK: Tensor, tail: float) -> tuple[Tensor, Tensor]:
+    """The least likely word's logit outside the tail, and how many words of just that logit belong to the tail.
+
+    `ascending`: the largest logits, sorted. Words that tie with the smallest of them count too, though not listed.
+    """
+    least_BL1 = ascending_BLK[..., :1]
+    listed_BL1 = (ascending_BLK == least_BL1).sum(-1, keepdim=True)
+    unlisted_BL1 = (logits_BLV == least_BL1).sum(-1, keepdim=True) - listed_BL1
+    weights_BLK = (ascending_BLK - ascending_BLK[..., -1:]).exp()
+    total_BL1 = weights_BLK.sum(-1, keepdim=True) + unlisted_BL1 * weights_BLK[..., :1]
+    share_BLK = weights_BLK / total_BL1
+    below_BLK = share_BLK.cumsum(-1) + unlisted_BL1 * share_BLK[..., :1]
+    gone_BL1 = (below_BLK <= tail).sum(-1, keepdim=True).clamp_max(ascending_BLK.shape[-1] - 1)
+    threshold_BL1 = ascending_BLK.gather(-1, gone_BL1)
+    places_K = torch.arange(ascending_BLK.shape[-1], device=ascending_BLK.device)
+    ties_BL1 = ((ascending_BLK == threshold_BL1) & (places_K < gone_BL1)).sum(-1, keepdim=True)
+    unlisted_gone_BL1 = (tail / share_BLK[..., :1]).floor().clamp_max(unlisted_BL1).to(ties_BL1.dtype)
+    unlisted_gone_BL1 = torch.where(gone_BL1 > 0, unlisted_BL1, unlisted_gone_BL1)
+    return threshold_BL1, torch.where(threshold_BL1 == least_BL1, ties_BL1 + unlisted_gone_BL1, ties_BL1)
 
 
 def draw_codes(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:

@@ -90,6 +90,23 @@ def test_filters_keep_what_the_official_ones_keep_in_a_small_vocabulary(name: st
     assert torch.equal(kept.isfinite(), stored[f"keep_small_{name}"].bool())
 
 
+def test_filters_equal_their_definition_with_ties() -> None:
+    """Against sorting everything: remove from the bottom while what is removed holds at most 1 - top_p."""
+    generator = torch.Generator().manual_seed(0)
+    for spread in (1, 2, 4):
+        smooth = torch.randn(3, 5, 60, generator=generator) * spread
+        for logits in (smooth, smooth.mul(2).round().div(2)):
+            for top_k in (0, 1, 2, 5, 30, 59):
+                for top_p in (0.3, 0.5, 0.9, 0.999):
+                    least = logits.sort(-1).values[..., -top_k if top_k else 0].unsqueeze(-1)
+                    expected = logits.masked_fill(logits < least, -torch.inf)
+                    ascending, order = expected.sort(dim=-1, stable=True)
+                    tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+                    tail[..., -1] = False
+                    expected[torch.zeros_like(tail).scatter(-1, order, tail)] = -torch.inf
+                    assert torch.equal(filter_logits(logits, top_k, top_p), expected)
+
+
 def test_filters_of_nothing_keep_everything() -> None:
     logits = torch.randn(2, 3, 8)
     for top_k, top_p in ((0, 0.0), (8, 1.0), (100, 0.0)):
@@ -117,7 +134,7 @@ def test_guidance_rises_linearly_over_the_scales(cfg: float, scales: int) -> Non
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mvar.sampler.filter_logits", remember)
-        generate(model, quantizer, torch.tensor([0]), cfg, top_k=1)
+        generate(model, quantizer, torch.tensor([0]), cfg)
     ramp = [float(logits[0, 0, 0] - 1) for logits in seen]
     assert ramp == pytest.approx(golden_json("schedules", "cfg_ramp.json")["t"][f"cfg{cfg}_S{scales}"], abs=1e-5)
 
