@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.job import LAST_TASKS, Job, ShardPlan, array_list, cores
+from data_prep.claims import remove_claims
+from data_prep.job import LAST_RUN, Job, LastRun, ShardPlan, array_list, cores
 from data_prep.shards import is_complete, read_record, read_shard
 from mvar.cli import run_command
 from mvar.disk import remove_stale, write_file
@@ -29,6 +30,7 @@ from mvar.store import (
     FileInfo,
     IndexTable,
     Manifest,
+    Quarantined,
     ShardInfo,
     SplitInfo,
     check_file,
@@ -46,6 +48,7 @@ class CheckedShard(NamedTuple):
     offset_N: I64
     label_N: NDArray[np.int32]
     counts_SW: I64
+    quarantine: tuple[Quarantined, ...]
 
 
 def finalize(folder: Path, tasks: int | None = None, workers: int | None = None) -> Manifest:
@@ -66,9 +69,11 @@ def finalize(folder: Path, tasks: int | None = None, workers: int | None = None)
         (folder / MANIFEST).unlink(missing_ok=True)
         raise StoreError(_explain_unfinished(folder, plans, unfinished, tasks))
     shards = [shard for shard in checked if shard is not None]
+    _refuse_too_many_bad(folder, shards)
     manifest = _write(folder, job, shards, pyramid)
     remove_stale(folder, stale_after_s=0)
-    (folder / LAST_TASKS).unlink(missing_ok=True)
+    remove_claims(folder)
+    (folder / LAST_RUN).unlink(missing_ok=True)
     return manifest
 
 
@@ -81,6 +86,9 @@ def summary(manifest: Manifest, labels_N: I64 | None = None) -> str:
         lines.append(
             f"{name:5}  {split.samples:>11,} images x {views:9} {len(split.shards):>6} shards  {size:>17,} bytes"
         )
+        lines += [f"  left out: {bad.key} ({bad.reason})" for bad in split.quarantine[:10]]
+        if len(split.quarantine) > 10:
+            lines.append(f"  ... {len(split.quarantine)} images are left out; all are in the manifest")
     if labels_N is not None:
         counts = np.bincount(labels_N, minlength=len(manifest.classes))
         lines.append(
@@ -105,6 +113,20 @@ def _refuse_strangers(folder: Path, plans: list[ShardPlan]) -> None:
         )
 
 
+def _refuse_too_many_bad(folder: Path, shards: list[CheckedShard]) -> None:
+    """Tasks that ran at once may together have left out more images than each of them knew of."""
+    bad = [entry for shard in shards for entry in shard.quarantine]
+    last = LastRun.read(folder)
+    if last is not None and len(bad) > last.skip_bad:
+        listed = "\n  ".join(f"{entry.key} ({entry.reason})" for entry in bad[:20])
+        (folder / MANIFEST).unlink(missing_ok=True)
+        raise StoreError(
+            f"code store {folder}: {len(bad)} damaged images were left out, --skip-bad {last.skip_bad} allows fewer:"
+            f"\n  {listed}\nRun one tokenize task with --skip-bad {len(bad)} to accept that, or mend the images and "
+            "tokenize into another store=..."
+        )
+
+
 def _check(folder: Path, job: Job, plan: ShardPlan, pyramid: ScalePyramid) -> CheckedShard | None:
     """The shard's content; None where it has to be made again. Raises StoreError where it is another job's."""
     if not is_complete(folder, plan.name, job.sha256):
@@ -114,7 +136,7 @@ def _check(folder: Path, job: Job, plan: ShardPlan, pyramid: ScalePyramid) -> Ch
     words = job.tokenizer.geometry["vocab_size"]
     table = read_shard(folder / plan.name, len(job.splits[plan.split].views), pyramid.total)
     codes_NVL, label_N = table.codes_NVL, table.label_N
-    good = len(label_N) == plan.samples == record.samples
+    good = len(label_N) == record.samples == plan.samples - len(record.quarantine)
     good = good and bool((codes_NVL < words).all() and (label_N >= 0).all() and (label_N < len(job.classes)).all())
     if not good:
         raise StoreError(
@@ -128,20 +150,28 @@ def _check(folder: Path, job: Job, plan: ShardPlan, pyramid: ScalePyramid) -> Ch
         ]
     )
     info = ShardInfo(name=record.name, samples=record.samples, bytes=record.bytes, sha256=record.sha256)
-    return CheckedShard(plan, info, table.offset_N, label_N, counts_SW)
+    return CheckedShard(plan, info, table.offset_N, label_N, counts_SW, record.quarantine)
 
 
 def _write(folder: Path, job: Job, shards: list[CheckedShard], pyramid: ScalePyramid) -> Manifest:
     tables, splits = {}, {}
     for split, plan in job.splits.items():
-        own = [shard for shard in shards if shard.plan.split == split]
+        everywhere = [shard for shard in shards if shard.plan.split == split]
+        own = [shard for shard in everywhere if shard.info.samples]
         counts = [shard.info.samples for shard in own]
         tables[split] = IndexTable(
             shard_N=np.repeat(np.arange(len(own), dtype=np.int32), counts),
             offset_N=np.concatenate([np.empty(0, np.int64), *(shard.offset_N for shard in own)]),
             label_N=np.concatenate([np.empty(0, np.int32), *(shard.label_N for shard in own)]),
         )
-        splits[split] = SplitInfo(samples=plan.samples, views=plan.views, shards=tuple(shard.info for shard in own))
+        splits[split] = SplitInfo(
+            samples=sum(counts),
+            views=plan.views,
+            shards=tuple(shard.info for shard in own),
+            quarantine=tuple(entry for shard in everywhere for entry in shard.quarantine),
+        )
+    if not splits["train"].samples:
+        raise StoreError(f"code store {folder}: all training images are damaged and were left out. Mend the source.")
     index = io.BytesIO()
     write_index(index, tables)
     geometry = job.tokenizer.geometry
@@ -181,10 +211,8 @@ def _statistics(shards: list[CheckedShard]) -> dict[str, Any]:
 
 def _explain_unfinished(folder: Path, plans: list[ShardPlan], unfinished: list[ShardPlan], tasks: int | None) -> str:
     if tasks is None:
-        try:
-            tasks = int((folder / LAST_TASKS).read_text())
-        except (OSError, ValueError):
-            tasks = len(plans)
+        last = LastRun.read(folder)
+        tasks = len(plans) if last is None else last.tasks
     names = ", ".join(plan.name for plan in unfinished[:10]) + ", ..." * (len(unfinished) > 10)
     numbers = array_list({plan.number % tasks for plan in unfinished})
     return (

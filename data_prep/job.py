@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from data_prep.layouts import Kind, open_images
 from data_prep.sources import Background, Source
-from data_prep.views import RESIZE, ViewPlan
+from data_prep.views import RESIZE, HFlip, ViewPlan
 from mvar.config import Fraction, Section
 from mvar.disk import make_folder, write_file
 from mvar.errors import StoreError
@@ -24,12 +24,25 @@ from mvar.tokenizer.files import save_quantizer
 from mvar.tokenizer.vqvae import VQVAE
 
 FORMAT_VERSION = 1
-LAST_TASKS = "tasks.txt"
-"""How many tasks the job was last divided into: only to name the tasks that have to run again."""
+Precision = Literal["fp32", "tf32", "bf16"]
+LAST_RUN = "last-run.json"
 
 
-def _off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML reads a bare `off` as false.
+class LastRun(pydantic.BaseModel):
+    """How the job was last run: names the tasks that have to run again, and limits what may be left out."""
+
+    tasks: int
+    skip_bad: int = 0
+
+    def write(self, folder: Path) -> None:
+        write_file(folder / LAST_RUN, (self.model_dump_json() + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> LastRun | None:
+        try:
+            return cls.model_validate_json((folder / LAST_RUN).read_bytes())
+        except (OSError, ValueError):
+            return None
 
 
 class ViewsConfig(Section):
@@ -38,9 +51,7 @@ class ViewsConfig(Section):
     random_crops: NonNegativeInt = Field(1, description="random crops of each image")
     center: bool = Field(False, description="add the centre crop")
     ten_crop: bool = Field(False, description="add the centre and the corners, each with its mirror image")
-    hflip: Annotated[Literal["off", "both"], pydantic.BeforeValidator(_off)] = Field(
-        "off", description="both: store the mirror image of every view as well"
-    )
+    hflip: HFlip = Field("off", description="both: store the mirror image of every view as well")
     resize: Annotated[float, Field(ge=1.0)] = Field(
         RESIZE, description="shorter side before cropping, in crop sizes (published: 1.125; 1: no margin)"
     )
@@ -66,11 +77,21 @@ class TokenizeConfig(Section):
     shuffle: bool = Field(True, description="mix the classes within and over the shards, for sequential readers")
     shard_samples: PositiveInt = Field(4096, description="images in a shard, at most")
     batch: PositiveInt = Field(16, description="views encoded at once (part of what makes the codes reproducible)")
-    precision: Literal["fp32"] = Field("fp32", description="arithmetic of the encoder (without TF32)")
+    precision: Precision = Field("fp32", description="arithmetic of the encoder; the quantizer's is always fp32")
+    compile: bool = Field(False, description="torch.compile the encoder")
+    calibration_images: PositiveInt = Field(32, description="images that show what a fast mode costs")
+    accept_agreement: Fraction | None = Field(
+        None, description="share of codes that a fast mode (tf32, bf16, compile) must have in common with fp32"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the encoder runs")
     threads: PositiveInt | None = Field(None, description="CPU threads of the encoder; default: all cores")
     workers: NonNegativeInt | None = Field(None, description="images decoded at once; default: all cores; 0: in line")
     decoders: Literal["threads", "processes"] = Field("threads", description="what the workers are")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the codes are those of plain fp32."""
+        return self.precision == "fp32" and not self.compile
 
     def train_plan(self, size: int) -> ViewPlan:
         """The views of a training image. Raises ConfigError."""
@@ -178,6 +199,7 @@ def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: by
         transform=train.describe() | {"background": config.background},
         encoding={
             "precision": config.precision,
+            "compile": config.compile,
             "batch": config.batch,
             "seed": config.seed,
             "shuffle": config.shuffle,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mvar.disk import write_file, writing
 from mvar.errors import StoreError
-from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, ShardInfo, codes_header, sha256_of
+from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, Quarantined, ShardInfo, codes_header, sha256_of
 
 MTIME_S = 1_000_000_000
 """Modification time of every member: fixed, so that equal samples give equal bytes."""
@@ -31,6 +31,7 @@ class ShardRecord(ShardInfo):
     """The JSON beside a shard: written after it, so its presence says that the shard was complete."""
 
     job_sha256: str
+    quarantine: tuple[Quarantined, ...] = ()
 
 
 class ShardTable(NamedTuple):
@@ -43,11 +44,12 @@ class ShardTable(NamedTuple):
 
 
 class ShardWriter:
-    """Appends samples to an open tar, hashing what it writes."""
+    """Appends samples to an open tar, hashing what it writes. `quarantine`: images that were left out."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.samples = 0
         self.bytes = 0
+        self.quarantine: list[Quarantined] = []
         self._file = file
         self._digest = hashlib.sha256()
 
@@ -75,7 +77,14 @@ def shard_writer(folder: Path, name: str, job_sha256: str) -> Iterator[ShardWrit
         writer = ShardWriter(file)
         yield writer
         digest = writer.end()
-    record = ShardRecord(name=name, samples=writer.samples, bytes=writer.bytes, sha256=digest, job_sha256=job_sha256)
+    record = ShardRecord(
+        name=name,
+        samples=writer.samples,
+        bytes=writer.bytes,
+        sha256=digest,
+        job_sha256=job_sha256,
+        quarantine=tuple(writer.quarantine),
+    )
     write_file(record_path(folder, name), (record.model_dump_json() + "\n").encode())
 
 

@@ -79,6 +79,11 @@ class Source(Protocol):
 class DamagedImageError(ImageError):
     """An image whose bytes were read and are no picture: it will be so every time, on every machine."""
 
+    @property
+    def reason(self) -> str:
+        """What the decoder said, without the path."""
+        return str(self).partition("cannot be decoded (")[2].partition("). Replace")[0]
+
 
 @dataclass(frozen=True)
 class FileReader:

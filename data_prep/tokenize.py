@@ -1,40 +1,45 @@
 """`mvar tokenize`: images -> shards of codes. One task of an array job, or the whole job.
 
-Shard i belongs to task i mod tasks. A shard appears only when it is complete, and its bytes depend on nothing but the
-job and its number: kill this command at any moment, run it again with the same arguments, and the store is the same.
+Shard i belongs to task i mod tasks, or to whoever claims it first. A shard appears only when it is complete, and its
+bytes depend on nothing but the job and its number: kill this command at any moment, run it again with the same
+arguments, and the store is the same.
 
-Legend: B views encoded at once, V views of an image, L tokens, H, W pixels.
+Legend: B views encoded at once, V views of an image, L tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from data_prep.decode import Order, Renderer, rendered
-from data_prep.job import LAST_TASKS, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes
-from data_prep.shards import is_complete, shard_writer
-from data_prep.sources import Item, Source
-from data_prep.views import Pixels
+from data_prep.calibrate import Calibration, calibrate, calibration_views, require_accepted
+from data_prep.claims import Claims
+from data_prep.decode import Order, Rendered, Renderer, groups, rendered
+from data_prep.encoder import Encoder, collect
+from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes
+from data_prep.progress import Progress, clock
+from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
+from data_prep.sources import DamagedImageError, Item, Source
+from data_prep.views import ViewPlan
 from mvar.cli import run_command
 from mvar.config import describe, load
-from mvar.disk import remove_stale, write_file
-from mvar.errors import BackendError, ConfigError
-from mvar.images import from_uint8
+from mvar.disk import remove_stale
+from mvar.errors import ConfigError, ImageError
 from mvar.randomness import permuted
-from mvar.tokenizer.files import load_tokenizer
-from mvar.tokenizer.vqvae import VQVAE
+from mvar.store import Quarantined
 
-PROGRESS_EVERY_S = 5.0
+POLL_S = 2.0
+"""How often a task that has nothing to claim looks whether another one died."""
 
 
 class Outcome(NamedTuple):
@@ -47,46 +52,184 @@ class Outcome(NamedTuple):
     busy_share: float
 
 
-def tokenize(config: TokenizeConfig, task: int = 0, tasks: int = 1) -> Outcome:
-    """Make the shards of one task, skipping those that are complete. Raises MvarError."""
+def tokenize(
+    config: TokenizeConfig, task: int = 0, tasks: int = 1, *, claim: bool = False, skip_bad: int = 0
+) -> Outcome:
+    """Make the shards of one task, skipping those that are complete. Raises MvarError.
+
+    `claim`: take shards that no other task has, until all of the job are complete. `skip_bad`: damaged images that may
+    be left out, over the whole job.
+    """
     if not 0 <= task < tasks:
         raise ConfigError(f"--task {task} --tasks {tasks}: expected a task number from 0 to {tasks - 1}.")
+    if skip_bad < 0:
+        raise ConfigError(f"--skip-bad {skip_bad}: expected a number of images, from 0.")
     encoder = Encoder.load(config)
-    size = encoder.vqvae.image_size
-    plans = {"train": config.train_plan(size), "val": config.val_plan(size)}
     source = open_source(config)
     quantizer = quantizer_bytes(encoder.vqvae)
     job = plan_job(config, source, encoder.vqvae, quantizer)
+    calibration = None if config.is_exact else accepted_calibration(config, source, encoder, job)
     pin(config.store, job, quantizer)
-    write_file(config.store / LAST_TASKS, f"{tasks}\n".encode())
+    if calibration is not None:
+        calibration.write(config.store)
+    LastRun(tasks=tasks, skip_bad=skip_bad).write(config.store)
     remove_stale(config.store)
 
-    mine = job.shards()[task::tasks]
-    waiting = [shard for shard in mine if not is_complete(config.store, shard.name, job.sha256)]
-    progress = Progress(f"tokenize {task}/{tasks}", len(waiting), sum(shard.samples for shard in waiting))
-    progress.say(f"{len(mine)} shards are this task's, {len(mine) - len(waiting)} of them complete")
-    orders = (Order(item, plans[shard.split]) for shard in waiting for item in shard_items(source, shard, config))
-    workers = cores() if config.workers is None else config.workers
-    ahead = 2 * config.batch + workers
-    renderer = Renderer(source.reader, config.seed)
-    with closing(rendered(orders, renderer, workers, config.decoders, ahead)) as views:
-        for shard in waiting:
-            views_per_image = len(plans[shard.split].names)
-            with shard_writer(config.store, shard.name, job.sha256) as writer:
-                for group in groups(shard_items(source, shard, config), max(1, config.batch // views_per_image)):
-                    with progress.waiting():
-                        images_BHWC = np.concatenate([next(views) for _ in group])
-                    codes_BL = encoder(images_BHWC)
-                    for item, codes_VL in zip(group, np.split(codes_BL, len(group)), strict=True):
-                        writer.add(item.key, codes_VL, item.label)
-                    progress.add(len(group))
-            progress.shards_done += 1
-    outcome = Outcome(len(waiting), len(mine) - len(waiting), progress.images, progress.seconds, progress.busy_share)
+    maker = ShardMaker(config, source, encoder, job, skip_bad, Progress(f"tokenize {task}/{tasks}", None))
+    verified = make_claimed(maker, task, tasks) if claim else make_share(maker, job.shards()[task::tasks])
+    progress = maker.progress
     progress.say(
-        f"done: {outcome.written} shards written, {outcome.verified} verified, {outcome.images:,} images in "
-        f"{_clock(outcome.seconds)}. When all tasks have ended: mvar finalize {config.store}"
+        f"done: {progress.shards} shards written, {verified} verified, {progress.images:,} images in "
+        f"{clock(progress.seconds)}, encoder busy {progress.busy_share:.0%}. "
+        f"When all tasks have ended: mvar finalize {config.store}"
     )
-    return outcome
+    return Outcome(progress.shards, verified, progress.images, progress.seconds, progress.busy_share)
+
+
+def accepted_calibration(config: TokenizeConfig, source: Source, encoder: Encoder, job: Job) -> Calibration:
+    """What this job's fast mode costs, measured by its first task. Raises ConfigError where that is not accepted."""
+    calibration = Calibration.read(config.store, job.sha256)
+    if calibration is None:
+        images_BHWC = calibration_views(config, source, encoder.vqvae.image_size)
+        calibration = calibrate(encoder, images_BHWC, job.sha256)
+    require_accepted(config, calibration)
+    print(calibration.table(), flush=True)
+    return calibration
+
+
+def make_share(maker: ShardMaker, mine: list[ShardPlan]) -> int:
+    """Make those of the shards that are not complete; returns how many were."""
+    waiting = [shard for shard in mine if not maker.is_complete(shard)]
+    verified = len(mine) - len(waiting)
+    maker.progress.total = sum(shard.samples for shard in waiting)
+    maker.progress.say(f"{len(mine)} shards are this task's, {verified} of them complete")
+    for _ in maker.make(waiting):
+        pass
+    return verified
+
+
+def make_claimed(maker: ShardMaker, task: int, tasks: int) -> int:
+    """Make shards that nobody else has until all are complete; returns how many others (or earlier runs) made."""
+    shards = maker.job.shards()
+    turn = len(shards) * task // tasks
+    open_shards = {shard.name: shard for shard in shards[turn:] + shards[:turn]}
+    verified = 0
+    with Claims(maker.config.store) as claims:
+
+        def claimed() -> Iterator[ShardPlan]:
+            nonlocal verified
+            for shard in list(open_shards.values()):
+                if not claims.take(shard.name):
+                    continue
+                if not maker.is_complete(shard):
+                    yield shard
+                    continue
+                claims.release(shard.name)
+                del open_shards[shard.name]
+                verified += 1
+
+        while open_shards:
+            for shard in maker.make(claimed()):
+                claims.release(shard.name)
+                del open_shards[shard.name]
+            if open_shards:  # The others are at work on them, or dead.
+                time.sleep(POLL_S)
+    return verified
+
+
+@dataclass
+class ShardMaker:
+    """Turns shard plans into shards, decoding ahead over the ends of shards."""
+
+    config: TokenizeConfig
+    source: Source
+    encoder: Encoder
+    job: Job
+    skip_bad: int
+    progress: Progress
+    _plans: dict[str, ViewPlan] = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = self.encoder.vqvae.image_size
+        self._plans = {"train": self.config.train_plan(size), "val": self.config.val_plan(size)}
+
+    def is_complete(self, shard: ShardPlan) -> bool:
+        return is_complete(self.config.store, shard.name, self.job.sha256)
+
+    def make(self, shards: Iterable[ShardPlan]) -> Iterator[ShardPlan]:
+        """Write the shards, one after the other, and yield each when it is complete.
+
+        Shards are asked for as decoding comes to them, before those in front of them are written.
+        """
+        config = self.config
+        orders = (
+            Order(shard, item, self._plans[shard.split])
+            for shard in shards
+            for item in shard_items(self.source, shard, config)
+        )
+        workers = cores() if config.workers is None else config.workers
+        renderer = Renderer(self.source.reader, config.seed)
+        with closing(rendered(orders, renderer, workers, config.decoders, 2 * config.batch + workers)) as images:
+            for shard, own in groupby(self._timed(images), key=lambda image: image.order.shard):
+                with shard_writer(config.store, shard.name, self.job.sha256) as writer:
+                    self._fill(writer, shard, own)
+                self.progress.shards += 1
+                yield shard
+
+    def _timed(self, images: Generator[Rendered, None, None]) -> Iterator[Rendered]:
+        while True:
+            with self.progress.waiting(self.encoder.is_idle):
+                image = next(images, None)
+            if image is None:
+                return
+            yield image
+
+    def _fill(self, writer: ShardWriter, shard: ShardPlan, images: Iterator[Rendered]) -> None:
+        per_batch = max(1, self.config.batch // len(self._plans[shard.split].names))
+        for image, codes_VL in self._encoded(groups(images, per_batch)):
+            if isinstance(image.views, DamagedImageError):
+                self._leave_out(writer, shard, image.order.item, image.views)
+            else:
+                assert codes_VL is not None, "every image that is not damaged was encoded"
+                writer.add(image.order.item.key, codes_VL, image.order.item.label)
+            self.progress.add(1)
+
+    def _encoded(self, batches: Iterator[list[Rendered]]) -> Iterator[tuple[Rendered, NDArray[np.uint16] | None]]:
+        """Codes of each image. A batch is collected when the next one is launched: a GPU never waits for us."""
+        before = None
+        for batch in batches:
+            views = [image.views for image in batch if not isinstance(image.views, DamagedImageError)]
+            launched = (batch, self.encoder.launch(np.concatenate(views)) if views else None)
+            if before is not None:
+                yield from _collected(*before)
+            before = launched
+        if before is not None:
+            yield from _collected(*before)
+
+    def _leave_out(self, writer: ShardWriter, shard: ShardPlan, item: Item, damage: DamagedImageError) -> None:
+        """Quarantine an image. Raises ImageError when that is one more than the job may leave out."""
+        reason = damage.reason
+        writer.quarantine.append(Quarantined(key=item.key, reason=reason))
+        if self.skip_bad == 0:
+            raise damage
+        others = (read_record(self.config.store, plan.name) for plan in self.job.shards() if plan != shard)
+        bad = [entry for record in others if record is not None for entry in record.quarantine] + writer.quarantine
+        if len(bad) > self.skip_bad:
+            listed = "\n  ".join(f"{entry.key} ({entry.reason})" for entry in bad[:20])
+            raise ImageError(
+                f"{len(bad)} images are damaged, --skip-bad {self.skip_bad} allows fewer:\n  {listed}\n"
+                f"Mend them, or allow more. The last one: {damage}"
+            )
+        self.progress.say(f"left out {item.key}: {reason}")
+
+
+def _collected(batch: list[Rendered], codes_BL: Tensor | None) -> Iterator[tuple[Rendered, NDArray[np.uint16] | None]]:
+    rows = iter(() if codes_BL is None else collect(codes_BL))
+    for image in batch:
+        if isinstance(image.views, DamagedImageError):
+            yield image, None
+        else:
+            yield image, np.stack(list(islice(rows, len(image.views))))
 
 
 def shard_items(source: Source, shard: ShardPlan, config: TokenizeConfig) -> Iterator[Item]:
@@ -97,115 +240,8 @@ def shard_items(source: Source, shard: ShardPlan, config: TokenizeConfig) -> Ite
         yield items[place]
 
 
-def groups(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive items in lists of `size`; the last may be shorter."""
-    group: list[Item] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-@dataclass
-class Encoder:
-    """Views to codes, in exact float32, at most `batch` views at once."""
-
-    vqvae: VQVAE
-    device: torch.device
-    batch: int
-
-    @classmethod
-    def load(cls, config: TokenizeConfig) -> Encoder:
-        """The tokenizer of the configuration on its device. Raises TokenizerError, BackendError."""
-        has_cuda = torch.cuda.is_available()
-        if config.device == "cuda" and not has_cuda:
-            raise BackendError("device=cuda: this machine has no CUDA device that torch can use. Set device=cpu.")
-        device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        geometry = None if config.patch_nums is None else {"patch_nums": list(config.patch_nums)}
-        vqvae = load_tokenizer(config.tokenizer, geometry)
-        # channels_last is faster and gives the same codes.
-        torch.nn.utils.convert_conv2d_weight_memory_format(vqvae.to(device), torch.channels_last)
-        return cls(vqvae, device, config.batch)
-
-    def __call__(self, images_BHWC: Pixels) -> NDArray[np.uint16]:
-        """uint8 (B, H, W, 3) -> codes, uint16 (B, L)."""
-        with exact_float32(), torch.inference_mode():
-            parts = [
-                self.vqvae.encode(from_uint8(images_BHWC[begin : begin + self.batch]).to(self.device))
-                for begin in range(0, len(images_BHWC), self.batch)
-            ]
-            return torch.cat(parts).cpu().numpy().astype(np.uint16)
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """No TF32 and no algorithms picked by a race: the same codes every time. A quarter of them flips in bfloat16."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-@dataclass
-class Progress:
-    """A line every few seconds: shards, images, images per second, share of time the encoder was busy, time left."""
-
-    title: str
-    shards: int
-    total: int
-    images: int = 0
-    shards_done: int = 0
-    waited_s: float = 0.0
-    began_s: float = field(default_factory=time.monotonic)
-    said_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began_s
-
-    @property
-    def busy_share(self) -> float:
-        return 1 - self.waited_s / max(self.seconds, 1e-9)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for images."""
-        began_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self.waited_s += time.monotonic() - began_s
-
-    def add(self, images: int) -> None:
-        self.images += images
-        if time.monotonic() - self.said_s >= PROGRESS_EVERY_S:
-            self.said_s = time.monotonic()
-            speed = self.images / self.seconds
-            self.say(
-                f"shard {self.shards_done + 1} of {self.shards}  {self.images:,}/{self.total:,} images  "
-                f"{speed:.1f} img/s  encoder busy {self.busy_share:.0%}  "
-                f"left {_clock((self.total - self.images) / speed)}"
-            )
-
-    def say(self, text: str) -> None:
-        print(f"{self.title}: {text}", flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """`mvar tokenize --config FILE [key=value ...] [--task I --tasks N]`."""
+    """`mvar tokenize --config FILE [key=value ...] [--task I --tasks N] [--claim] [--skip-bad N]`."""
     parser = argparse.ArgumentParser(
         prog="mvar tokenize",
         description="Images -> shards of codes. Run again after a kill: what is complete is verified and kept.",
@@ -215,9 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="YAML file with the keys below")
     parser.add_argument("--task", type=int, default=0, help="number of this task, from 0")
     parser.add_argument("--tasks", type=int, default=1, help="into how many tasks the job is divided")
+    parser.add_argument("--claim", action="store_true", help="take free shards, also those of dead tasks, to the end")
+    parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N damaged images")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the file's")
     args = parser.parse_args(argv)
-    tokenize(load(TokenizeConfig, args.config, args.overrides), args.task, args.tasks)
+    config = load(TokenizeConfig, args.config, args.overrides)
+    tokenize(config, args.task, args.tasks, claim=args.claim, skip_bad=args.skip_bad)
     return 0
 
 

@@ -29,7 +29,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     Several processes may write the same path at once: each has its own temporary, the last rename wins.
     """
     try:
-        file, temporary = _create(path)
+        file, temporary = create_temporary(path)
         try:
             with file:
                 yield file
@@ -66,18 +66,19 @@ def remove_stale(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> int:
     """Remove temporaries that dead processes left in `folder`; returns how many. Those in use stay."""
     removed = 0
     for temporary in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError), temporary.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # Raises while the writer lives.
-            here = temporary.name.split("~")[1:2] == [_host()]
-            if here or time.time() - temporary.stat().st_mtime > stale_after_s:
+        with contextlib.suppress(OSError):
+            here = temporary.name.split("~")[1:2] == [host_name()]
+            old = time.time() - temporary.stat().st_mtime > stale_after_s
+            if (here or old) and is_unlocked(temporary):
                 temporary.unlink()
                 removed += 1
     return removed
 
 
-def _create(path: Path) -> tuple[BinaryIO, Path]:
+def create_temporary(path: Path) -> tuple[BinaryIO, Path]:
+    """A new file beside `path`, open and locked while this process lives."""
     while True:
-        temporary = path.with_name(f".{path.name}~{_host()}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{path.name}~{host_name()}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
         file = temporary.open("xb")
         with contextlib.suppress(OSError):  # File systems without locks: the age decides.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +88,18 @@ def _create(path: Path) -> tuple[BinaryIO, Path]:
         file.close()  # Somebody took it for stale between its creation and its lock.
 
 
-def _host() -> str:
+def is_unlocked(path: Path) -> bool:
+    """Whether nobody holds the file's lock: its writer is dead, as far as locks reach. Raises OSError."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def host_name() -> str:
+    """This host's name, as it stands in file names."""
     return socket.gethostname().replace("~", "-").replace("/", "-")
 
 

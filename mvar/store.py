@@ -65,10 +65,18 @@ class ShardInfo(FileInfo):
     samples: int
 
 
+class Quarantined(_Record):
+    """An image that is left out of its shard, because it is damaged."""
+
+    key: str
+    reason: str
+
+
 class SplitInfo(_Record):
     samples: int
     views: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
+    quarantine: tuple[Quarantined, ...] = ()
 
 
 class TokenizerInfo(_Record):

@@ -66,8 +66,8 @@ def store(pristine, tmp_path):
 
 
 def digests(store):
-    """Every file of a store but the hint that names tasks."""
-    files = [path for path in store.iterdir() if path.name != "tasks.txt"]
+    """Every file of a store but the note of how it was last run."""
+    files = [path for path in store.iterdir() if path.name != "last-run.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

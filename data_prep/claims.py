@@ -1,0 +1,117 @@
+"""Claims on shards: tasks that share a folder take the next free one, and take over those of the dead.
+
+A claim is a file that only one task can make, and that its holder touches again and again. A holder that is dead (on
+this host: its lock is gone) or silent for long loses it. Should two tasks hold one shard after all, both write the same
+bytes under names of their own, and the last rename wins: claims save work, nothing depends on them.
+
+Ages are differences of times that the file system gave, so the hosts' clocks do not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from mvar.disk import create_temporary, host_name, is_unlocked
+from mvar.errors import StoreError
+
+HEARTBEAT_S = 10.0
+STALE_AFTER_S = 90.0
+SUFFIX = ".claim"
+
+
+class Claims:
+    """This task's claims in a folder; a context that keeps them alive and gives them back at its end."""
+
+    def __init__(self, folder: Path, *, heartbeat_s: float = HEARTBEAT_S, stale_after_s: float = STALE_AFTER_S) -> None:
+        self._folder = folder
+        self._heartbeat_s = heartbeat_s
+        self._stale_after_s = stale_after_s
+        self._held: dict[str, BinaryIO] = {}
+        self._mutex = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="mvar-heartbeat", daemon=True)
+
+    def __enter__(self) -> Claims:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        for name in list(self._held):
+            self.release(name)
+
+    def take(self, name: str) -> bool:
+        """Claim a shard; False where somebody else has it. Raises StoreError: no hard links in this folder."""
+        path = self._path(name)
+        try:
+            file, temporary = create_temporary(path)
+            file.write(host_name().encode())
+            file.flush()
+            taken = self._link(temporary, path, os.fstat(file.fileno()).st_mtime)
+            temporary.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be made ({error.strerror}). --claim needs a file system with hard links; "
+                "without: --task I --tasks N."
+            ) from None
+        if not taken:
+            file.close()
+            return False
+        with self._mutex:
+            self._held[name] = file
+        return True
+
+    def release(self, name: str) -> None:
+        """Give a claim back, unless somebody took it over."""
+        with self._mutex:
+            file = self._held.pop(name)
+        with file, contextlib.suppress(OSError):
+            if self._path(name).stat().st_ino == os.fstat(file.fileno()).st_ino:
+                self._path(name).unlink()
+
+    def _link(self, temporary: Path, path: Path, now_s: float) -> bool:
+        """Give the locked temporary the claim's name, if that is free or its holder is gone."""
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+            return True
+        grave = path.with_name(f"{path.name}~{secrets.token_hex(4)}.tmp")
+        try:
+            if not self._is_abandoned(path, now_s):
+                return False
+            os.rename(path, grave)  # Only one of those who see it abandoned succeeds.
+            grave.unlink()
+            os.link(temporary, path)
+        except (FileNotFoundError, FileExistsError):
+            return False
+        return True
+
+    def _is_abandoned(self, path: Path, now_s: float) -> bool:
+        if now_s - path.stat().st_mtime > self._stale_after_s:
+            return True
+        return path.read_bytes().decode(errors="replace") == host_name() and is_unlocked(path)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._heartbeat_s):
+            with self._mutex:
+                for file in self._held.values():
+                    with contextlib.suppress(OSError):
+                        os.utime(file.fileno())
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f".{name}{SUFFIX}"
+
+
+def remove_claims(folder: Path) -> None:
+    """Remove all claims of a finished job."""
+    for path in folder.glob(f".*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,0 +1,65 @@
+"""What a tokenize task says while it works, and how long its encoder waited."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+PROGRESS_EVERY_S = 5.0
+
+
+@dataclass
+class Progress:
+    """A line every few seconds: shards, images, images per second, share of time the encoder was busy, time left.
+
+    `total`: images that this task will make, None where it depends on the other tasks.
+    """
+
+    title: str
+    total: int | None
+    images: int = 0
+    shards: int = 0
+    waited_s: float = 0.0
+    began_s: float = field(default_factory=time.monotonic)
+    said_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began_s
+
+    @property
+    def busy_share(self) -> float:
+        return 1 - self.waited_s / max(self.seconds, 1e-9)
+
+    @contextmanager
+    def waiting(self, idle: Callable[[], bool]) -> Iterator[None]:
+        """Counts the time inside as lost, unless the encoder is still at work when it ends."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            if idle():
+                self.waited_s += time.monotonic() - began_s
+
+    def add(self, images: int) -> None:
+        self.images += images
+        if time.monotonic() - self.said_s >= PROGRESS_EVERY_S:
+            self.said_s = time.monotonic()
+            speed = self.images / self.seconds
+            of = "" if self.total is None else f" of {self.total:,}"
+            left = "" if self.total is None else f"  left {clock((self.total - self.images) / speed)}"
+            self.say(
+                f"{self.shards} shards, {self.images:,}{of} images  {speed:.1f} img/s  "
+                f"encoder busy {self.busy_share:.0%}{left}"
+            )
+
+    def say(self, text: str) -> None:
+        print(f"{self.title}: {text}", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
