@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=args.precision,
     )
     model.store_matmuls_(DTYPES[args.precision]).to(device).eval()
-    tokenizer.to(device)
+    tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     pictures = [Picture(label, number) for label in classes for number in range(args.per_class)]
     mine = pictures[args.task :: args.tasks]
