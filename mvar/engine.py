@@ -138,8 +138,8 @@ class Engine:
     def step(self, step: int, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
         """One optimizer step, number `step` (0-based), over this rank's micro-batches.
 
-        `stop`: this rank was asked to stop; the result says whether any was. Raises TrainingError after
-        `engine.max_bad_steps` steps in a row without a finite loss or gradient.
+        `stop`: this rank was asked to stop; the result says whether any was. Raises TrainingError (on the first rank,
+        RemoteError elsewhere) after `engine.max_bad_steps` steps in a row without a finite loss or gradient.
         """
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
@@ -156,11 +156,12 @@ class Engine:
         overflowed = self._scaler is not None and not bad
         self._bad_in_a_row = self._bad_in_a_row + 1 if not applied and not overflowed else 0
         if self._bad_in_a_row >= self.config.engine.max_bad_steps:
-            raise TrainingError(
+            error = TrainingError(
                 f"step {step}: the loss or its gradient was not finite for {self._bad_in_a_row} steps in a row"
                 f" (engine.max_bad_steps). Last samples with a bad loss: {bad[:8] or 'none'}. The newest checkpoint"
                 " is untouched. Lower optim.base_lr or use a wider engine.precision, and run again."
             )
+            self.world.raise_together(error)
         scale = float(self._scaler.cur_scale) if self._scaler is not None else None
         return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, stopping)
 

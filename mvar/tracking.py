@@ -303,16 +303,17 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds between two looks at it, and how many of them were spent waiting."""
+    """Seconds since its start, and how many of them were spent waiting."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
         self._begin, self._waited = time.perf_counter(), 0.0
 
     def waited(self, since: float) -> None:
+        """What passed since `since` (of time.perf_counter) was waiting."""
         self._waited += time.perf_counter() - since
 
     def look(self) -> tuple[float, float]:
-        now = time.perf_counter()
-        passed, waited = now - self._begin, self._waited
-        self._begin, self._waited = now, 0.0
-        return passed, waited
+        return time.perf_counter() - self._begin, self._waited

@@ -52,7 +52,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False) -> i
         world.together(lambda: stack.enter_context(run.locked()) if world.is_main else None)
         if from_scratch:
             world.together(lambda: run.set_aside() if world.is_main else None)
-        if world.share(run.finished_step()) >= job.plan.last_step:
+        if world.share(world.together(lambda: run.finished_step() if world.is_main else -1)) >= job.plan.last_step:
             if world.is_main:
                 print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
             return EXIT_FINISHED
@@ -72,6 +72,7 @@ def loop(
     watch = Stopwatch()
     stream = job.stream.rank_batches(done * config.global_batch, world.rank, world.size, job.split.micro_batch)
     while done < last_step:
+        watch.start()
         batches = take(stream, job.split.accumulation, watch)
         result = engine.step(done, batches, stop=stops.reason is not None)
         done += 1
@@ -339,6 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = train(config, world, from_scratch=args.from_scratch)
     except launch.RemoteError as error:
         code = 2 if error.expected else 1
+    except MvarError:
+        launch.finish()
+        raise
     launch.finish()
     return code
 
