@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.calibrate import Calibration
 from data_prep.claims import remove_claims
 from data_prep.job import LAST_RUN, Job, LastRun, ShardPlan, array_list, cores
 from data_prep.shards import is_complete, read_record, read_shard
@@ -183,7 +184,7 @@ def _write(folder: Path, job: Job, shards: list[CheckedShard], pyramid: ScalePyr
         tokenizer=job.tokenizer,
         source=job.source,
         transform=job.transform,
-        encoding=job.encoding,
+        encoding=job.encoding | _calibration(folder, job),
         job_sha256=job.sha256,
         statistics=_statistics(shards),
         index=FileInfo(name=INDEX, bytes=len(index.getvalue()), sha256=hashlib.sha256(index.getvalue()).hexdigest()),
@@ -196,6 +197,12 @@ def _write(folder: Path, job: Job, shards: list[CheckedShard], pyramid: ScalePyr
         write_file(folder / INDEX, index.getvalue())
     write_file(folder / MANIFEST, manifest.to_json())
     return manifest
+
+
+def _calibration(folder: Path, job: Job) -> dict[str, Any]:
+    """What a fast mode costs in codes, where the job used one."""
+    found = Calibration.read(folder, job.sha256)
+    return {} if found is None else {"calibration": found.model_dump(mode="json")}
 
 
 def _statistics(shards: list[CheckedShard]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.calibrate import Calibration
 from data_prep.finalize import summary
 from mvar.cli import run_command
 from mvar.store import CodeStore
@@ -15,7 +16,8 @@ def facts(folder: Path) -> str:
     """What the store holds and what it was made of. Raises StoreError."""
     store = CodeStore.open(folder)
     manifest = store.manifest
-    transform, encoding = manifest.transform, manifest.encoding
+    transform, encoding = manifest.transform, dict(manifest.encoding)
+    calibration = encoding.pop("calibration", None)
     shown = ", ".join(manifest.classes[:6]) + ", ..." * (len(manifest.classes) > 6)
     return "\n".join(
         [
@@ -27,6 +29,7 @@ def facts(folder: Path) -> str:
             f"transform  shorter side to {transform['resize_shorter_side']} px ({transform['filter']}), crops of "
             f"{transform['size']} px: {', '.join(transform['views'])}",
             f"encoding   {', '.join(f'{key} {value}' for key, value in encoding.items())}",
+            *([Calibration.model_validate(calibration).table()] if calibration else []),
             f"classes    {shown}",
             summary(manifest, store.split("train").labels_N),
         ]
