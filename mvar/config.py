@@ -75,9 +75,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The code store that is trained on."""
 
-    store: Path = Field(description="folder of the code store (the one that holds manifest.json)")
+    store: str = Field(description="folder of the code store (the one that holds manifest.json), or its URL")
     tokenizer: Path | None = Field(None, description="tokenizer file, to draw sample grids while training")
-    reader: Literal["mmap", "ram"] = Field("mmap", description="read codes through mmap, or load all of them first")
+    reader: Literal["mmap", "ram", "staged"] = Field(
+        "mmap", description="map the shards, load them all first, or copy them to the node's disk and map them there"
+    )
+    stage: Path | None = Field(None, description="folder on the node's own disk, for reader=staged")
 
 
 class OptimConfig(Section):

@@ -36,6 +36,11 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> None:
             )
 
 
+def read(url: str) -> bytes:
+    """The bytes of a small file behind a URL or at a local path. Raises StoreError."""
+    return b"".join(_blocks(url))
+
+
 def _blocks(url: str) -> Iterator[bytes]:
     from webdataset.gopen import gopen  # Imports torch.
 

@@ -28,7 +28,9 @@ import pydantic
 import torch
 from numpy.typing import NDArray
 
+from mvar import staging
 from mvar.errors import StoreError
+from mvar.remote import is_url
 from mvar.scales import ScalePyramid
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ TAR_BLOCK = 512
 
 I64 = NDArray[np.int64]
 U16 = NDArray[np.uint16]
-ReaderKind = Literal["mmap", "ram"]
+ReaderKind = Literal["mmap", "ram", "staged"]
 
 
 class _Record(pydantic.BaseModel):
@@ -122,11 +124,18 @@ class Manifest(_Record):
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """The manifest of the store in `folder`. Raises StoreError: missing, damaged, of another version."""
-        path = folder / MANIFEST
         try:
-            tree = json.loads(path.read_bytes())
+            data = (folder / MANIFEST).read_bytes()
         except OSError as error:
             raise StoreError(_explain_missing(folder, error)) from None
+        return cls.parse(data, str(folder))
+
+    @classmethod
+    def parse(cls, data: bytes, folder: str) -> Manifest:
+        """A manifest from its file's bytes; `folder` is named in the StoreError."""
+        path = f"{folder}/{MANIFEST}"
+        try:
+            tree = json.loads(data)
         except ValueError as error:
             raise StoreError(f"{path}: not valid JSON ({error}). Write it again: mvar finalize {folder}") from None
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
@@ -158,12 +167,25 @@ class CodeStore:
         self._splits = splits
 
     @classmethod
-    def open(cls, path: str | Path, *, reader: ReaderKind = "mmap", verify: bool = False) -> CodeStore:
+    def open(
+        cls, path: str | Path, *, reader: ReaderKind = "mmap", stage: Path | None = None, verify: bool = False
+    ) -> CodeStore:
         """Read manifest and index, and check them and the shards' sizes; with `verify` also every shard's digest.
 
         `reader`: "mmap" reads codes from the shards as they are asked for (pages are shared by all processes of a
-        machine); "ram" loads them all first. Raises StoreError.
+        machine); "ram" loads them all first; "staged" copies the store under the folder `stage` first, once for all
+        processes of a node, and maps that. A URL has to be staged. Raises StoreError.
         """
+        if reader == "staged":
+            if stage is None:
+                raise StoreError(
+                    f"code store {path}: reader staged needs a folder on the node's own disk (data.stage)."
+                )
+            path = staging.stage(path, stage)
+        elif is_url(str(path)):
+            raise StoreError(
+                f"code store {path}: a URL has to be copied first. Set data.reader=staged, data.stage=DIR."
+            )
         folder = Path(path)
         manifest = Manifest.read(folder)
         check_file(folder, manifest.index)

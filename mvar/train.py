@@ -129,7 +129,7 @@ def prepare(config: TrainConfig, ranks: int) -> Job:
     """Open and check what the run needs, before anything is allocated. Raises MvarError."""
     split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
     ds_config.resolve(config, split)
-    store = CodeStore.open(config.data.store, reader=config.data.reader)
+    store = CodeStore.open(config.data.store, reader=config.data.reader, stage=config.data.stage)
     store.require_geometry(config.model.patch_nums, config.model.vocab_size, config.model.latent_channels)
     labelled = len(store.manifest.classes)
     classes = config.model.num_classes or labelled
@@ -144,7 +144,7 @@ def prepare(config: TrainConfig, ranks: int) -> Job:
         config=config,
         model=config.model.model_copy(update={"num_classes": classes}),
         store=store,
-        store_sha256=hashlib.sha256((config.data.store / MANIFEST).read_bytes()).hexdigest(),
+        store_sha256=hashlib.sha256((store.folder / MANIFEST).read_bytes()).hexdigest(),
         plan=Plan.of(config, len(store.split("train"))),
         split=split,
         stream=TrainStream(store.split("train"), config.seed, config.global_batch),
