@@ -174,6 +174,24 @@ def test_precisions_checkpointing_and_ranks_agree(tmp_path: Path, store: Path) -
     assert fp16["losses"][-1] < fp16["losses"][0] - 0.1
 
 
+def train_each(world: World, trees: dict[str, Any]) -> dict[str, list[float]]:
+    found = {}
+    for name, tree in trees.items():
+        engine, job = build(world, tree)
+        engine.initialise()
+        found[name] = run_steps(engine, job, world, 0, 10)
+    return found
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_adams_follow_torchs(tmp_path: Path, store: Path) -> None:
+    """Compiles DeepSpeed's extensions where that was not done before: minutes."""
+    cases = {impl: {"stage": 1, "optim__impl": impl} for impl in ("torch", "deepspeed_cpu", "deepspeed_fused")}
+    found = run_ranks(train_each, 1, tmp_path / "job", trees=trees(tmp_path, store, cases))[0]
+    for impl in ("deepspeed_cpu", "deepspeed_fused"):
+        assert found[impl] == pytest.approx(found["torch"], abs=1e-5), impl
+
+
 def test_pictures_and_validation_are_recorded_from_sharded_weights(tmp_path: Path, store: Path) -> None:
     path = write_config(
         tmp_path,
