@@ -134,6 +134,20 @@ class MVAR(nn.Module):
         3, B) multipliers of the residual branches. Without `state`, `scales` is the whole pyramid. With a fresh
         DecodeState the scales may be given a few at a time, in order; each call leaves the state for the next.
         """
+        features_BLC = self.features(labels_B, x_BLC, drop_path_DGB=drop_path_DGB, state=state, scales=scales)
+        logits_BLV: Tensor = self.head(features_BLC)
+        return logits_BLV
+
+    def features(
+        self,
+        labels_B: Tensor,
+        x_BLC: Tensor | None,
+        *,
+        drop_path_DGB: Tensor | None = None,
+        state: DecodeState | None = None,
+        scales: range | None = None,
+    ) -> Tensor:
+        """What `forward` feeds to the head, (B, L, C), wide. Call it from a module's forward only, for ZeRO-3's sake."""
         scales = self._check_scales(scales, state)
         cond_BC = self.class_emb(labels_B)
         h_BLC = self._embed(cond_BC, x_BLC, scales)
@@ -152,8 +166,8 @@ class MVAR(nn.Module):
                 h_BLC = block(h_BLC, shared, lengths, dtype, drop, memory)
         if state is not None:
             state.next_scale = scales.stop
-        logits_BLV: Tensor = self.head(self.head_nm(h_BLC, cond_BC, dtype))
-        return logits_BLV
+        features_BLC: Tensor = self.head_nm(h_BLC, cond_BC, dtype)
+        return features_BLC
 
     @torch.no_grad()
     def store_matmuls_(self, dtype: torch.dtype) -> MVAR:

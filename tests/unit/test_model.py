@@ -259,6 +259,28 @@ def test_shared_conditioning_has_one_projection_and_nine_vectors_a_block() -> No
     assert not any(".ada_lin." in name and name.startswith("blocks.") for name in state)
 
 
+def test_512_px_works_whole_and_scale_by_scale() -> None:
+    model = small(depth=1, patch_nums=PATCH_NUMS_512).eval()
+    labels_B, x_BLC = batch_of(model, images=1)
+    with torch.no_grad():
+        whole_BLV = model(labels_B, x_BLC)
+        state, parts = DecodeState(), []
+        for scale in range(model.pyramid.num_scales):
+            low, high = model.pyramid.offsets[scale], model.pyramid.offsets[scale + 1]
+            inputs = x_BLC[:, max(low - 1, 0) : high - 1]
+            parts.append(model(labels_B, inputs, state=state, scales=range(scale, scale + 1)))
+    assert whole_BLV.shape == (1, 2240, 16)
+    assert relative(torch.cat(parts, dim=1), whole_BLV) < 1e-5
+
+
+def test_features_and_head_make_the_logits() -> None:
+    model = small()
+    labels_B, x_BLC = batch_of(model)
+    features_BLC = model.features(labels_B, x_BLC)
+    assert features_BLC.shape == (2, 30, 64)
+    assert torch.equal(model.head(features_BLC), model(labels_B, x_BLC))
+
+
 def test_pyramids_may_begin_with_more_than_one_token() -> None:
     model = small(patch_nums=(2, 3, 5))
     labels_B, x_BLC = batch_of(model)
