@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--claim", action="store_true", help="take free shards, also those of dead tasks, to the end")
     parser.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N damaged images")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace the file's")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = load(TokenizeConfig, args.config, args.overrides)
     tokenize(config, args.task, args.tasks, claim=args.claim, skip_bad=args.skip_bad)
     return 0

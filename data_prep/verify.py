@@ -18,7 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_prep.job import TokenizeConfig
+from data_prep.origin import Origin
 from mvar.cli import run_command
+from mvar.config import load
 from mvar.errors import MvarError, StoreError
 from mvar.images import Bytes, grid, save_png, to_uint8
 from mvar.randomness import permuted
@@ -50,10 +53,13 @@ def verify(folder: Path) -> dict[str, int]:
     return {"samples": samples, "shards": sum(len(info.shards) for info in store.manifest.splits.values())}
 
 
-def contact_sheet(folder: Path, tokenizer: Path, samples: int = 8, seed: int = 0) -> Bytes:
+def contact_sheet(
+    folder: Path, tokenizer: Path, samples: int = 8, seed: int = 0, origin: Origin | None = None
+) -> Bytes:
     """Random samples decoded: a row for each sample, a column for the picture of scales 0..k; uint8 (H, W, 3).
 
-    Raises StoreError unless `tokenizer` is the file that made the store.
+    With `origin` the first column is the original. Raises StoreError unless `tokenizer` is the file that made the
+    store.
     """
     store = CodeStore.open(folder)
     found, made_by = sha256_of(tokenizer), store.manifest.tokenizer.sha256
@@ -64,16 +70,23 @@ def contact_sheet(folder: Path, tokenizer: Path, samples: int = 8, seed: int = 0
         )
     vqvae = load_tokenizer(tokenizer, {"patch_nums": list(store.manifest.patch_nums)})
     split = store.split("train")
-    chosen_N = permuted(seed, 0, np.arange(min(samples, len(split))), len(split))
+    chosen_N = some_samples(split, samples, seed)
     views_N = chosen_N % split.views
     codes_NL = torch.from_numpy(split.codes(chosen_N, views_N).astype(np.int64))
-    scales = len(store.manifest.patch_nums)
     with torch.inference_mode():
-        pictures_SNHWC = np.stack(
-            [to_uint8(vqvae.decode_latent(vqvae.quantizer.latent_from_codes(codes_NL, k + 1))) for k in range(scales)]
-        )
-    rows = pictures_SNHWC.swapaxes(0, 1).reshape(-1, *pictures_SNHWC.shape[2:])
-    return grid(rows, columns=scales)
+        columns = [
+            to_uint8(vqvae.decode_latent(vqvae.quantizer.latent_from_codes(codes_NL, k + 1)))
+            for k in range(len(store.manifest.patch_nums))
+        ]
+    if origin is not None:
+        columns.insert(0, origin.views(split, chosen_N)[np.arange(len(chosen_N)), views_N])
+    pictures_NCHWC = np.stack(columns, axis=1)
+    return grid(pictures_NCHWC.reshape(-1, *pictures_NCHWC.shape[2:]), columns=len(columns))
+
+
+def some_samples(split: Split, count: int, seed: int = 0) -> NDArray[np.int64]:
+    """At most `count` samples of a split, picked by `seed`."""
+    return permuted(seed, 0, np.arange(min(count, len(split))), len(split))
 
 
 def _problems(store: CodeStore, split: Split, shard: ShardInfo, first: int) -> Iterator[str]:
@@ -122,25 +135,50 @@ def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`mvar verify STORE [--tokenizer FILE --sheet PNG]`."""
+    """`mvar verify STORE [--tokenizer FILE --sheet PNG] [--config FILE source=... key=value ...]`."""
     parser = argparse.ArgumentParser(
-        prog="mvar verify", description="Check a code store; exit code 2 if it is damaged."
+        prog="mvar verify",
+        description="Check a code store; exit code 2 if it is damaged. With the configuration that it was tokenized "
+        "with, originals stand on the sheet and some images are encoded again.",
     )
     parser.add_argument("store", type=Path, help="folder of the code store")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer that made it: decode random samples")
     parser.add_argument("--sheet", type=Path, help="where their pictures go; default: STORE-sheet.png beside the store")
     parser.add_argument("--samples", type=int, default=8, help="rows of the sheet")
-    parser.add_argument("--json", type=Path, help="write what was counted as JSON")
-    args = parser.parse_args(argv)
-    counted = verify(args.store)
-    print(f"code store {args.store}: whole; {counted['samples']:,} samples in {counted['shards']:,} shards")
-    if args.tokenizer is not None:
+    parser.add_argument("--reencode", type=int, default=16, metavar="N", help="images of each split encoded again")
+    parser.add_argument("--json", type=Path, help="write what was found as JSON")
+    parser.add_argument("--config", type=Path, help="YAML file that the store was tokenized with")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of `mvar tokenize`, such as source=...")
+    args = parser.parse_intermixed_args(argv)
+    figures: dict[str, float] = dict(verify(args.store))
+    print(f"code store {args.store}: whole; {figures['samples']:,} samples in {figures['shards']:,} shards")
+    origin, tokenizer = None, args.tokenizer
+    if args.config is not None or args.overrides:
+        given = [f"store={args.store}"] + [f"tokenizer={tokenizer}"] * (tokenizer is not None)
+        origin = Origin.open(CodeStore.open(args.store), load(TokenizeConfig, args.config, [*given, *args.overrides]))
+        tokenizer = origin.config.tokenizer
+        figures |= _reencode(origin, args.reencode)
+    if tokenizer is not None:
         sheet = args.sheet or args.store.with_name(f"{args.store.resolve().name}-sheet.png")
-        save_png(sheet, contact_sheet(args.store, args.tokenizer, args.samples))
-        print(f"pictures of scales 0..k, one sample a row: {sheet}")
+        save_png(sheet, contact_sheet(args.store, tokenizer, args.samples, origin=origin))
+        first = "the original, then " * (origin is not None)
+        print(f"one sample a row, {first}pictures of scales 0..k: {sheet}")
     if args.json is not None:
-        args.json.write_text(json.dumps({"name": "verify", "figures": counted}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"name": "verify", "figures": figures}, indent=1) + "\n")
     return 0
+
+
+def _reencode(origin: Origin, count: int) -> dict[str, float]:
+    """Encode some images of each split again; prints and returns the share of equal codes."""
+    figures = {}
+    for name in origin.store.manifest.splits:
+        split = origin.store.split(name)
+        if len(split) and count:
+            shares_S = origin.agreement(split, some_samples(split, count, seed=1))
+            print(f"{name}: {min(count, len(split))} images encoded again, equal codes by scale: ", end="")
+            print("  ".join(f"{share:.1%}" for share in shares_S))
+            figures[f"reencode_agreement_{name}"] = float(np.mean(shares_S))
+    return figures
 
 
 if __name__ == "__main__":

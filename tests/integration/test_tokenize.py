@@ -18,9 +18,10 @@ import torch
 from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig, array_list
+from data_prep.origin import Origin
 from data_prep.sources import ImageFolder
 from data_prep.tokenize import tokenize
-from data_prep.verify import contact_sheet, verify
+from data_prep.verify import contact_sheet, some_samples, verify
 from data_prep.views import ViewPlan
 from mvar.cli import main as mvar
 from mvar.config import load
@@ -376,6 +377,37 @@ def test_the_last_column_of_the_sheet_is_the_decoded_code(inputs, pristine):
     assert sheet.shape == (2 * SIZE_PX + 2, 3 * SIZE_PX + 4, 3)
     assert sheet[:SIZE_PX, :SIZE_PX].std() > 0
     assert not np.array_equal(sheet[:SIZE_PX, :SIZE_PX], sheet[:SIZE_PX, -SIZE_PX:])
+
+
+def test_the_originals_stand_first_on_the_sheet_where_the_source_is_given(inputs, pristine):
+    store = CodeStore.open(pristine)
+    origin = Origin.open(store, config(inputs, pristine))
+    sheet = contact_sheet(pristine, inputs / "tokenizer.safetensors", samples=2, origin=origin)
+    assert sheet.shape == (2 * SIZE_PX + 2, 4 * SIZE_PX + 6, 3)
+    place = int(some_samples(store.split("train"), 2)[0])
+    key = store.split("train").key(place)
+    image = ImageFolder(inputs / "images").read_rgb(inputs / "images" / f"{key}.png")
+    views = ViewPlan(SIZE_PX, random_crops=2, hflip="both").render(image, 0, key)
+    assert np.array_equal(sheet[:SIZE_PX, :SIZE_PX], views[place % 4])
+
+
+def test_verify_encodes_images_again_with_the_configuration_of_the_store(inputs, pristine, tmp_path, capsys):
+    report = tmp_path / "v.json"
+    places = ["--sheet", str(tmp_path / "sheet.png"), "--json", str(report), "--reencode", "4"]
+    assert mvar(["verify", str(pristine), *places, *arguments(inputs, pristine)]) == 0
+    assert "train: 4 images encoded again, equal codes by scale: 100.0%" in capsys.readouterr().out
+    figures = json.loads(report.read_text())["figures"]
+    assert min(figures["reencode_agreement_train"], figures["reencode_agreement_val"]) > 0.99
+    assert mvar(["verify", str(pristine), *places, *arguments(inputs, pristine, "seed=1")]) == 2
+    assert "encoding.seed: the store has 0, this command 1" in capsys.readouterr().err
+
+
+def test_codes_of_other_images_are_found_out_by_encoding_again(inputs, pristine, monkeypatch):
+    origin = Origin.open(CodeStore.open(pristine), config(inputs, pristine))
+    split = origin.store.split("train")
+    monkeypatch.setattr(origin, "views", lambda split, indices, views=origin.views: views(split, indices[::-1]))
+    with pytest.raises(StoreError, match="These are not the codes of these images"):
+        origin.agreement(split, np.arange(4))
 
 
 def test_verify_lists_all_damaged_shards_and_ends_with_exit_code_2(store, capsys):
