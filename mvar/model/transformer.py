@@ -147,7 +147,7 @@ class MVAR(nn.Module):
         state: DecodeState | None = None,
         scales: range | None = None,
     ) -> Tensor:
-        """What `forward` feeds to the head, (B, L, C), wide. Call it from a module's forward only, for ZeRO-3's sake."""
+        """What `forward` feeds to the head: (B, L, C), wide. For ZeRO-3, call it inside a module's forward only."""
         scales = self._check_scales(scales, state)
         cond_BC = self.class_emb(labels_B)
         h_BLC = self._embed(cond_BC, x_BLC, scales)
