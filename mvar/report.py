@@ -48,6 +48,12 @@ def draw_curves(records: list[Record], path: Path, title: str) -> None:
         axis.plot(*_series(val, key), "o-", color="tab:orange", markersize=3, label="validation")
         axis.set(ylabel=label, xlabel="images seen")
         axis.legend()
+    for record in records:
+        if record["kind"] == "resume" and record["step"]:
+            axes[0][0].axvline(record["samples"], color="tab:red", linestyle=":", linewidth=1)
+            axes[0][0].annotate(
+                "resumed", (record["samples"], 0.02), xycoords=("data", "axes fraction"), color="tab:red"
+            )
     _draw_by_scale(axes[1][0], val or train, "validation" if val else "training")
     axes[1][1].plot(*_series(train, "lr"), color="tab:green")
     axes[1][1].set(ylabel="learning rate", xlabel="images seen")
