@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mvar.randomness import uniform
-from mvar.tokenizer.quantizer import Quantized, Quantizer
+from mvar.tokenizer.quantizer import Quantizer
 
 START_ROUNDS = 4
 """Rounds of the start: residuals of finer scales are only known once the coarser ones have words."""
@@ -50,15 +50,16 @@ def usage_SV(quantizer: Quantizer, codes_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def revive_(quantizer: Quantizer, quantized: Quantized, below: float, seed: int, step: int) -> Tensor:
-    """Replace dead words by residuals of this batch, drawn by a hash of (seed, step, word). Returns the words, (W,).
+def revive_(quantizer: Quantizer, residuals_NC: Tensor, below: float, seed: int, step: int) -> Tensor:
+    """Replace dead words by residuals that a batch had to quantize. Returns the words, int64 (W,).
 
+    Residuals are drawn by a hash of (seed, step, word).
     A word is dead if it is used less than `below` times as often as it would be if all were used alike. A revived word
     starts with the usage of the average word.
     """
     used_V = quantizer.ema_vocab_hit_SV.sum(dim=0)
     dead_W = (used_V < below * used_V.mean()).nonzero()[:, 0]
-    quantizer.embedding.weight[dead_W] = _drawn(torch.cat(quantized.residuals_k), dead_W, seed, "revive", step)
+    quantizer.embedding.weight[dead_W] = _drawn(residuals_NC, dead_W, seed, "revive", step)
     quantizer.ema_vocab_hit_SV[:, dead_W] = quantizer.ema_vocab_hit_SV.mean(dim=1, keepdim=True)
     return dead_W
 

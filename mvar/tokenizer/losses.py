@@ -27,7 +27,10 @@ class Rebuilt:
 
 
 class LossTerm(NamedTuple):
-    """`function` gives a scalar; the total adds `weight` times it."""
+    """`function` gives a scalar, a mean over the images; the total adds `weight` times it.
+
+    On a CPU it may be called from several threads at once, each with a part of the batch.
+    """
 
     name: str
     weight: float

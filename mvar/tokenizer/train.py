@@ -47,8 +47,9 @@ def train(config: TokenizerTrainConfig) -> Path:
     """Train, or go on with a training, to the end. Returns the tokenizer's file. Raises MvarError."""
     source = ImageFolder(config.images, val_fraction=config.val_fraction)
     device = _device(config)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.threads or cores)
+    cores = config.threads or len(os.sched_getaffinity(0))
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
     size = config.geometry.image_size
     held_out = source.splits["val"] or source.splits["train"]
     chosen = np.linspace(0, len(held_out) - 1, min(config.validate_images, len(held_out))).round().astype(int)
@@ -57,7 +58,7 @@ def train(config: TokenizerTrainConfig) -> Path:
     identity = config.identity() | {"images": source.fingerprint.sha256}
 
     result, state = config.out / "tokenizer.safetensors", config.out / "state.safetensors"
-    trainer = Trainer(config, loss_terms(config.loss), device)
+    trainer = Trainer(config, loss_terms(config.loss), device, cores)
     if state.exists():
         trainer.restore(state, identity)
         if trainer.step_number == config.steps and result.exists():

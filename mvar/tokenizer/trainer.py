@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
@@ -52,12 +54,18 @@ class Quality:
 class Trainer:
     """Weights, optimizer and usage statistics, and what one step does to them.
 
-    Everything that happens in step n is a pure function of (config, state before it, pictures of step n): no random
-    number generator is carried along. `terms`: the loss. Adam's moments are float32; convolutions run in bfloat16 if
-    the configuration says so.
+    Everything that happens in step n is a pure function of (config, threads, state before it, pictures of step n): no
+    random number generator is carried along. `terms`: the loss. Weights and Adam's moments are float32; convolutions
+    run in bfloat16 if the configuration says so.
+
+    `threads`: on a CPU that many replicas share the weights and split the batch, each on one thread. The operations of
+    a small tokenizer are so short that splitting the batch once beats splitting every operation, many times over where
+    other programs want the same cores.
     """
 
-    def __init__(self, config: TokenizerTrainConfig, terms: list[LossTerm], device: torch.device) -> None:
+    def __init__(
+        self, config: TokenizerTrainConfig, terms: list[LossTerm], device: torch.device, threads: int = 1
+    ) -> None:
         self.config, self.terms, self.device = config, terms, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -74,6 +82,9 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.step_number = 0
+        threads = threads if device.type == "cpu" else 1
+        self.replicas = [self.vqvae, *(_sharing_weights(self.vqvae) for _ in range(threads - 1))]
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         self._bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
 
     # ---- learning
@@ -89,44 +100,73 @@ class Trainer:
     def step(self, pixels_BHWC: Pixels) -> dict[str, float]:
         """One optimizer step on uint8 pictures. Returns what was measured. Raises MvarError if the loss blows up."""
         config, step = self.config, self.step_number
-        images_BCHW = self._images(pixels_BHWC)
         if step == 0:
-            with torch.no_grad():
-                start_codebook_(self.vqvae.quantizer, self._features(images_BCHW), config.seed)
-        self.vqvae.train()
-        f_BChw = self._features(images_BCHW)
-        quantized = self.vqvae.quantizer(f_BChw, self._kept_scales(len(images_BCHW)))
-        with self._autocast():
-            rebuilt_BCHW = self.vqvae.pixels(quantized.f_hat_BChw)
-        loss, values = total_loss(self.terms, Rebuilt(images_BCHW, rebuilt_BCHW.float(), quantized))
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip_grad or math.inf)
-        if not math.isfinite(loss.item() + norm.item()):
+            start_codebook_(self.vqvae.quantizer, self._start_features(pixels_BHWC), config.seed)
+        shares = self._learn_everywhere(pixels_BHWC)
+        measured = {
+            name: sum(share.images * share.measured[name] for share in shares) / len(pixels_BHWC)
+            for name in shares[0].measured
+        }
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip_grad or math.inf).item()
+        if not math.isfinite(measured["loss"] + norm):
             raise MvarError(
-                f"tokenizer training: loss {loss.item()}, gradient norm {norm.item()} at step {step}; expected finite"
+                f"tokenizer training: loss {measured['loss']}, gradient norm {norm} at step {step}; expected finite"
                 " numbers. Lower lr, or set precision=fp32; the last saved state is whole."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr_scale"] * self.learning_rate(step)
         self.optimizer.step()
-        count_usage_(self.vqvae.quantizer, quantized.codes_BL, config.usage_decay)
+        count_usage_(self.vqvae.quantizer, torch.cat([share.codes_BL for share in shares]), config.usage_decay)
         self._average()
         revived = 0
         if config.revive_every and (step + 1) % config.revive_every == 0 and step < config.revive_until * config.steps:
-            words_W = revive_(self.vqvae.quantizer, quantized, config.revive_below, config.seed, step)
+            residuals_NC = torch.cat([share.residuals_NC for share in shares])
+            words_W = revive_(self.vqvae.quantizer, residuals_NC, config.revive_below, config.seed, step)
             self._forget_moments(words_W)
             revived = len(words_W)
         self.step_number += 1
-        mse = (rebuilt_BCHW.detach().float().clamp(-1, 1) - images_BCHW).square().mean().item()
         return {
-            "loss": loss.item(),
-            **{name: value.item() for name, value in values.items()},
-            "psnr_db": psnr_db(mse),
-            "grad_norm": norm.item(),
+            **{name: value for name, value in measured.items() if name != "clamped_mse"},
+            "psnr_db": psnr_db(measured["clamped_mse"]),
+            "grad_norm": norm,
             "lr": self.learning_rate(step),
             "revived": revived,
         }
+
+    def _learn_everywhere(self, pixels_BHWC: Pixels) -> list[_Share]:
+        """Gradients of the whole batch, in the parameters' `grad`. Each replica works on its part of the images."""
+        parts = np.array_split(np.arange(len(pixels_BHWC)), min(len(self.replicas), len(pixels_BHWC)))
+        replicas = self.replicas[: len(parts)]
+        jobs = [(pixels_BHWC[part], self._kept_scales(len(pixels_BHWC), part)) for part in parts]
+        shares = list(self._pool.map(self._learn, replicas, *zip(*jobs, strict=True)))
+        for gathered, *others in zip(*(replica.parameters() for replica in replicas), strict=True):
+            if gathered.grad is None:  # A phi convolution that no scale uses.
+                continue
+            gathered.grad.mul_(shares[0].images / len(pixels_BHWC))
+            for other, share in zip(others, shares[1:], strict=True):
+                assert other.grad is not None
+                gathered.grad.add_(other.grad, alpha=share.images / len(pixels_BHWC))
+        return shares
+
+    def _learn(self, replica: VQVAE, pixels_BHWC: Pixels, kept_scales_B: Tensor | None) -> _Share:
+        """Forward and backward of one replica; gradients stay in its parameters."""
+        replica.zero_grad()
+        images_BCHW = self._images(pixels_BHWC)
+        with self._autocast():
+            f_BChw = replica.features(images_BCHW)
+        quantized = replica.quantizer(f_BChw, kept_scales_B)
+        with self._autocast():
+            rebuilt_BCHW = replica.pixels(quantized.f_hat_BChw)
+        loss, values = total_loss(self.terms, Rebuilt(images_BCHW, rebuilt_BCHW.float(), quantized))
+        loss.backward()
+        clamped_mse = (rebuilt_BCHW.detach().float().clamp(-1, 1) - images_BCHW).square().mean()
+        measured = {"loss": loss.detach()} | values | {"clamped_mse": clamped_mse}
+        return _Share(
+            images=len(images_BCHW),
+            measured={name: value.item() for name, value in measured.items()},
+            codes_BL=quantized.codes_BL,
+            residuals_NC=torch.cat(quantized.residuals_k),
+        )
 
     # ---- judging
 
@@ -135,16 +175,15 @@ class Trainer:
         """The tokenizer to use: averaged weights if they are kept."""
         return self.vqvae if self.averaged is None else self.averaged
 
-    @torch.no_grad()
     def rebuild(self, pixels_NHWC: Pixels) -> tuple[Tensor, Tensor]:
         """Pictures through `result`, float32: (N, 3, H, W) in [-1, 1] and codes (N, L), on the CPU."""
-        vqvae = self.result.eval()
-        rebuilt, codes = [], []
-        for start in range(0, len(pixels_NHWC), EVALUATED_AT_ONCE):
-            codes_BL = vqvae.encode(self._images(pixels_NHWC[start : start + EVALUATED_AT_ONCE]))
-            rebuilt.append(vqvae.decode(codes_BL).cpu())
-            codes.append(codes_BL.cpu())
-        return torch.cat(rebuilt), torch.cat(codes)
+        starts = range(0, len(pixels_NHWC), EVALUATED_AT_ONCE)
+        parts = list(self._pool.map(self._rebuild, (pixels_NHWC[i : i + EVALUATED_AT_ONCE] for i in starts)))
+        return torch.cat([rebuilt for rebuilt, _ in parts]), torch.cat([codes for _, codes in parts])
+
+    def _rebuild(self, pixels_BHWC: Pixels) -> tuple[Tensor, Tensor]:
+        codes_BL = self.result.encode(self._images(pixels_BHWC))
+        return self.result.decode(codes_BL).cpu(), codes_BL.cpu()
 
     def quality(self, pixels_NHWC: Pixels) -> Quality:
         """Quality on uint8 pictures (N, H, W, 3)."""
@@ -222,20 +261,20 @@ class Trainer:
     def _images(self, pixels_BHWC: Pixels) -> Tensor:
         return from_uint8(pixels_BHWC).to(self.device).contiguous(memory_format=self._memory_format)
 
-    def _features(self, images_BCHW: Tensor) -> Tensor:
-        with self._autocast():
-            f_BChw: Tensor = self.vqvae.features(images_BCHW)
-        return f_BChw.float()
+    @torch.no_grad()
+    def _start_features(self, pixels_BHWC: Pixels) -> Tensor:
+        """float32, whatever the precision: there is no hurry."""
+        return self.vqvae.features(self._images(pixels_BHWC))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
 
-    def _kept_scales(self, batch: int) -> Tensor | None:
-        """Scale dropout: for a share of the images, the decoder sees the first few scales only."""
+    def _kept_scales(self, batch: int, part: npt.NDArray[np.int64]) -> Tensor | None:
+        """Scale dropout: a share of the batch is decoded from its first scales. Scales kept at the places in `part`."""
         scales = self.vqvae.quantizer.pyramid.num_scales
         if not self.config.scale_dropout or scales == 1:
             return None
-        drawn = uniform(self.config.seed, "scale_dropout", self.step_number, np.arange(batch)[:, None], [0, 1])
+        drawn = uniform(self.config.seed, "scale_dropout", self.step_number, np.arange(batch)[:, None], [0, 1])[part]
         kept_B = np.where(drawn[:, 0] < self.config.scale_dropout, 1 + (drawn[:, 1] * (scales - 1)).astype(int), scales)
         return torch.from_numpy(kept_B).to(self.device)
 
@@ -259,6 +298,24 @@ class Trainer:
         if self.averaged is not None:
             mean_VC, weight_VC = self.averaged.quantizer.embedding.weight, self.vqvae.quantizer.embedding.weight
             mean_VC.index_copy_(0, words_W, weight_VC[words_W])
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one replica did with its part of a batch."""
+
+    images: int
+    measured: dict[str, float]
+    codes_BL: Tensor
+    residuals_NC: Tensor
+
+
+def _sharing_weights(vqvae: VQVAE) -> VQVAE:
+    """A copy with the same storage for its weights, but gradients of its own."""
+    replica = copy.deepcopy(vqvae)
+    for own, shared in zip(replica.parameters(), vqvae.parameters(), strict=True):
+        own.data = shared.data
+    return replica
 
 
 def psnr_db(mse: float) -> float:

@@ -19,6 +19,11 @@ from mvar.tokenizer.train import loss_terms
 from mvar.tokenizer.trainer import Trainer, psnr_db
 
 
+@pytest.fixture(autouse=True)
+def same_weights_every_time():
+    torch.manual_seed(0)
+
+
 class Gradients:
     """A source of `count` 10 px pictures, different from each other, in two classes."""
 
@@ -47,9 +52,9 @@ def tiny_config(**changes) -> TokenizerTrainConfig:
     return TokenizerTrainConfig.model_validate({"geometry": geometry} | settings | changes)
 
 
-def tiny_trainer(**changes) -> Trainer:
+def tiny_trainer(threads: int = 1, **changes) -> Trainer:
     config = tiny_config(**changes)
-    return Trainer(config, loss_terms(config.loss), torch.device("cpu"))
+    return Trainer(config, loss_terms(config.loss), torch.device("cpu"), threads)
 
 
 def some_pixels(seed: int = 0, count: int = 6) -> np.ndarray:
@@ -127,11 +132,11 @@ def test_dead_words_become_residuals_and_words_in_use_stay():
     quantizer.ema_vocab_hit_SV.copy_(usage_SV(quantizer, quantized.codes_BL) / len(f))
     in_use = quantizer.ema_vocab_hit_SV.sum(dim=0) > 0
     before = quantizer.embedding.weight.clone()
-    dead_W = revive_(quantizer, quantized, below=1e-6, seed=0, step=3)
+    residuals_NC = torch.cat(quantized.residuals_k)
+    dead_W = revive_(quantizer, residuals_NC, below=1e-6, seed=0, step=3)
     assert dead_W.tolist() == (~in_use).nonzero()[:, 0].tolist()
     assert set(range(7, 40)) <= set(dead_W.tolist())
     assert torch.equal(quantizer.embedding.weight[in_use], before[in_use])
-    residuals_NC = torch.cat(quantized.residuals_k)
     for word in dead_W:
         assert (residuals_NC == quantizer.embedding.weight[word]).all(dim=1).any()
     assert (quantizer.ema_vocab_hit_SV.sum(dim=0)[dead_W] > 0).all()
@@ -182,6 +187,27 @@ def test_loss_falls_and_pictures_get_nearer():
     assert 0 < after.used_share <= 1
 
 
+def test_threads_split_the_batch_and_change_nothing_but_rounding():
+    one, three = (tiny_trainer(threads, scale_dropout=0.3, revive_every=2, clip_grad=0.0) for threads in (1, 3))
+    for seed in range(4):  # seven pictures: three unequal parts
+        a, b = one.step(some_pixels(seed, 7)), three.step(some_pixels(seed, 7))
+        assert a.keys() == b.keys()
+        assert all(math.isclose(a[name], b[name], rel_tol=1e-3, abs_tol=1e-4) for name in a)
+    for name, value in one.vqvae.state_dict().items():
+        torch.testing.assert_close(three.vqvae.state_dict()[name], value, rtol=0, atol=5e-3)
+
+
+def test_threads_do_not_make_a_training_differ_from_itself():
+    def weights():
+        trainer = tiny_trainer(threads=3)
+        for seed in range(3):
+            trainer.step(some_pixels(seed))
+        return trainer.vqvae.state_dict()
+
+    first, second = weights(), weights()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_scale_dropout_decodes_some_pictures_from_their_first_scales_only():
     trainer = tiny_trainer(scale_dropout=0.5)
     kept = torch.cat([_kept_at(trainer, step) for step in range(40)])
@@ -199,7 +225,7 @@ def test_scale_dropout_decodes_some_pictures_from_their_first_scales_only():
 
 def _kept_at(trainer: Trainer, step: int) -> torch.Tensor:
     trainer.step_number = step
-    kept = trainer._kept_scales(8)
+    kept = trainer._kept_scales(8, np.arange(8))
     trainer.step_number = 0
     return kept
 
