@@ -22,7 +22,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -303,17 +304,17 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds since its start, and how many of them were spent waiting."""
+    """Seconds since it was made, and how many of them were spent waiting."""
 
     def __init__(self) -> None:
-        self.start()
+        self._begin = time.perf_counter()
+        self.waited_s = 0.0
 
-    def start(self) -> None:
-        self._begin, self._waited = time.perf_counter(), 0.0
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - since
 
-    def waited(self, since: float) -> None:
-        """What passed since `since` (of time.perf_counter) was waiting."""
-        self._waited += time.perf_counter() - since
-
-    def look(self) -> tuple[float, float]:
-        return time.perf_counter() - self._begin, self._waited
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin

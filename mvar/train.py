@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from mvar.cli import run_command
 from mvar.config import ModelConfig, TrainConfig, describe, dump, load
 from mvar.data import Batch, TrainStream, eval_batches
 from mvar.ds_config import BatchSplit
-from mvar.engine import Engine, StepResult, build_model
+from mvar.engine import Averages, Engine, StepResult, build_model
 from mvar.errors import ConfigError, MvarError, TokenizerError
 from mvar.images import grid, save_png, to_uint8
 from mvar.launch import World
@@ -56,55 +56,130 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False) -> i
             if world.is_main:
                 print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
             return EXIT_FINISHED
+        found = choose_checkpoint(run, job, world)
         engine = Engine(config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
-        done = begin(engine, run, job, world)
+        done = begin(engine, run, job, world, found)
         tracker = stack.enter_context(open_tracker(run, job, world, done))
         tracker.write("resume", done, world=world.size, zero_stage=engine.stage)
         stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
-        return loop(engine, run, job, tracker, stops, world, done)
+        stream = job.stream.rank_batches(done * config.global_batch, world.rank, world.size, job.split.micro_batch)
+        return Training(engine, run, job, tracker, world, stops, stack.enter_context(closing(stream))).loop(done)
 
 
-def loop(
-    engine: Engine, run: RunFolder, job: Job, tracker: Tracker, stops: StopRequests, world: World, done: int
-) -> int:
-    """From `done` steps to the last one: batch -> step -> track -> maybe validate, sample, save, stop."""
-    config, last_step = job.config, job.plan.last_step
-    watch = Stopwatch()
-    stream = job.stream.rank_batches(done * config.global_batch, world.rank, world.size, job.split.micro_batch)
-    while done < last_step:
-        watch.start()
-        batches = take(stream, job.split.accumulation, watch)
-        result = engine.step(done, batches, stop=stops.reason is not None)
-        done += 1
-        ending = done == last_step
-        track_step(tracker, done, result, watch, world)
-        if ending or due(done, config.tracking.validate_every):
-            validate(engine, job, tracker, world, done)
-        if config.tracking.sample_every and (ending or due(done, config.tracking.sample_every)):
-            draw_samples(engine, run, job, tracker, world, done)
-        if ending or result.stop or due(done, config.checkpoint.every_steps):
-            save(engine, run, job, tracker, world, done)
-        if result.stop and not ending:
-            if world.is_main:
-                print(f"stopped after step {done} ({stops.reason or 'another rank was asked to'}); run again to go on.")
-                run.stop_file.unlink(missing_ok=True)
-            return EXIT_STOPPED
-    stream.close()
-    if world.is_main:
-        run.finish(last_step)
-        print(f"finished after {last_step} steps: {run.path}", flush=True)
-    return EXIT_FINISHED
+@dataclass(frozen=True)
+class Training:
+    """What the loop works with. Methods are called by all ranks together."""
+
+    engine: Engine
+    run: RunFolder
+    job: Job
+    tracker: Tracker
+    world: World
+    stops: StopRequests
+    stream: Iterator[Batch]
+
+    def loop(self, done: int) -> int:
+        """From `done` steps to the last one: batch -> step -> track -> maybe validate, draw, save, stop."""
+        tracking, last_step = self.job.config.tracking, self.job.plan.last_step
+        while done < last_step:
+            watch = Stopwatch()
+            with watch.waiting():
+                batches = [next(self.stream) for _ in range(self.job.split.accumulation)]
+            result = self.engine.step(done, batches, stop=self.stops.reason is not None)
+            done += 1
+            ending = done == last_step
+            self.track(done, result, watch)
+            if ending or due(done, tracking.validate_every):
+                self.validate(done)
+            if tracking.sample_every and (ending or due(done, tracking.sample_every)):
+                self.draw(done)
+            if ending or result.stop or due(done, self.job.config.checkpoint.every_steps):
+                self.save(done)
+            if result.stop and not ending:
+                return self.stop(done)
+        if self.world.is_main:
+            self.run.finish(last_step)
+            print(f"finished after {last_step} steps: {self.run.path}", flush=True)
+        return EXIT_FINISHED
+
+    def stop(self, done: int) -> int:
+        if self.world.is_main:
+            reason = self.stops.reason or "another rank was asked to"
+            print(f"stopped after step {done} ({reason}); run the same command to go on.", flush=True)
+            self.run.stop_file.unlink(missing_ok=True)
+        return EXIT_STOPPED
+
+    def save(self, done: int) -> None:
+        since = time.perf_counter()
+        self.tracker.sync()
+        self.engine.save(self.run.checkpoints, done, self.job.identity)
+        if self.world.is_main:
+            checkpoint.keep_newest(self.run.checkpoints, self.job.config.checkpoint.keep_last)
+        self.tracker.write("checkpoint", done, seconds=time.perf_counter() - since)
+
+    def track(self, done: int, result: StepResult, watch: Stopwatch) -> None:
+        step_s, averages = watch.seconds(), result.averages
+        optional: dict[str, object] = {"bad_samples": result.bad_samples[:64], "loss_scale": result.loss_scale}
+        self.tracker.write(
+            "train",
+            done,
+            **losses_of(averages),
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            weight_decay=result.weight_decay,
+            skipped=result.skipped,
+            imgs_per_s=averages.images / step_s,
+            step_s=step_s,
+            wait_s=watch.waited_s,
+            memory_gib=memory_gib(self.world.device),
+            **{name: value for name, value in optional.items() if value},
+        )
+
+    def validate(self, done: int) -> None:
+        """Loss and accuracy on the store's validation split, if it has one, with no label dropped."""
+        split, job = self.job.store.split("val"), self.job
+        if len(split):
+            limit = job.config.tracking.validate_images
+            batches = eval_batches(split, limit, job.split.micro_batch, self.world.rank, self.world.size)
+            found = self.engine.evaluate(batches)
+            self.tracker.write("val", done, images=found.images, **losses_of(found))
+
+    def draw(self, done: int) -> None:
+        """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes."""
+        tracking, classes, world = self.job.config.tracking, self.job.model.num_classes, self.world
+        assert classes is not None and self.job.config.data.tokenizer is not None
+        rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
+        labels = rows.repeat(tracking.sample_per_class)
+        share = math.ceil(len(labels) / world.size)
+        # Equally many for every rank, so that collectives pair up; what is too much is thrown away.
+        mine = np.arange(world.rank * share, (world.rank + 1) * share) % len(labels)
+        parts = []
+        with self.engine.drawing() as model:
+            for chunk in np.array_split(mine, math.ceil(share / self.job.split.micro_batch)):
+                labels_B = torch.from_numpy(labels[chunk])
+                codes_BL = generate(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
+                parts.append(codes_BL.cpu())
+        codes_NL = torch.cat(world.gather(torch.cat(parts)))[: len(labels)]
+        name = f"samples/step-{done:09d}.png"
+        if world.is_main:
+            tokenizer = load_tokenizer(self.job.config.data.tokenizer).eval().to(world.device)
+            with torch.no_grad():
+                decoded = [to_uint8(tokenizer.decode(codes.to(world.device))) for codes in torch.split(codes_NL, 16)]
+            save_png(self.run.path / name, grid(np.concatenate(decoded), columns=tracking.sample_per_class))
+        self.tracker.write("sample", done, file=name)
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def take(stream: Iterator[Batch], count: int, watch: Stopwatch) -> list[Batch]:
-    since = time.perf_counter()
-    batches = [next(stream) for _ in range(count)]
-    watch.waited(since)
-    return batches
+def losses_of(averages: Averages) -> dict[str, object]:
+    return {
+        "loss": averages.loss,
+        "loss_per_scale": averages.loss_per_scale,
+        "accuracy": averages.accuracy,
+        "accuracy_per_scale": averages.accuracy_per_scale,
+    }
 
 
 @dataclass(frozen=True)
@@ -165,101 +240,26 @@ def check_tokenizer(config: TrainConfig, store: CodeStore) -> None:
         )
 
 
-def begin(engine: Engine, run: RunFolder, job: Job, world: World) -> int:
-    """Take up the newest good checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
-    folder = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
-    if folder is None:
+def choose_checkpoint(run: RunFolder, job: Job, world: World) -> Path | None:
+    """The newest good checkpoint, if it is of this very run; None where a run may begin. Raises CheckpointError."""
+    found = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
+    if found is None:
         world.together(lambda: run.require_no_history() if world.is_main else None)
-        engine.initialise()
-        done = 0
     else:
-        world.together(lambda: checkpoint.require_same(folder, job.identity))
-        done = engine.restore(folder)
+        world.together(lambda: checkpoint.require_same(found, job.identity))
+    return found
+
+
+def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | None) -> int:
+    """Take up a checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
+    if found is None:
+        engine.initialise()
+    done = 0 if found is None else engine.restore(found)
     if world.is_main:
         run.config.write_text(dump(job.config), encoding="utf-8")
-        where = "beginning" if folder is None else f"going on from {folder.name}"
+        where = "beginning" if found is None else f"going on from {found.name}"
         print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
     return done
-
-
-def save(engine: Engine, run: RunFolder, job: Job, tracker: Tracker, world: World, done: int) -> None:
-    since = time.perf_counter()
-    tracker.sync()
-    engine.save(run.checkpoints, done, job.identity)
-    if world.is_main:
-        checkpoint.keep_newest(run.checkpoints, job.config.checkpoint.keep_last)
-    tracker.write("checkpoint", done, seconds=time.perf_counter() - since)
-
-
-def track_step(tracker: Tracker, done: int, result: StepResult, watch: Stopwatch, world: World) -> None:
-    step_s, wait_s = watch.look()
-    averages = result.averages
-    extra: dict[str, object] = {}
-    if result.bad_samples:
-        extra["bad_samples"] = result.bad_samples[:64]
-    if result.loss_scale is not None:
-        extra["loss_scale"] = result.loss_scale
-    tracker.write(
-        "train",
-        done,
-        loss=averages.loss,
-        loss_per_scale=averages.loss_per_scale,
-        accuracy=averages.accuracy,
-        accuracy_per_scale=averages.accuracy_per_scale,
-        grad_norm=result.grad_norm,
-        lr=result.lr,
-        weight_decay=result.weight_decay,
-        skipped=result.skipped,
-        imgs_per_s=averages.images / step_s,
-        step_s=step_s,
-        wait_s=wait_s,
-        memory_gib=memory_gib(world.device),
-        **extra,
-    )
-
-
-def validate(engine: Engine, job: Job, tracker: Tracker, world: World, done: int) -> None:
-    """Loss and accuracy on the store's validation split, if it has one, with no label dropped."""
-    split = job.store.split("val")
-    if not len(split):
-        return
-    limit = job.config.tracking.validate_images
-    found = engine.evaluate(eval_batches(split, limit, job.split.micro_batch, world.rank, world.size))
-    tracker.write(
-        "val",
-        done,
-        images=found.images,
-        loss=found.loss,
-        loss_per_scale=found.loss_per_scale,
-        accuracy=found.accuracy,
-        accuracy_per_scale=found.accuracy_per_scale,
-    )
-
-
-def draw_samples(engine: Engine, run: RunFolder, job: Job, tracker: Tracker, world: World, done: int) -> None:
-    """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes."""
-    tracking, classes = job.config.tracking, job.model.num_classes
-    assert classes is not None and job.config.data.tokenizer is not None
-    rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
-    labels = rows.repeat(tracking.sample_per_class)
-    share = math.ceil(len(labels) / world.size)
-    # Equally many for every rank, so that collectives pair up; what is too much is thrown away.
-    mine = np.arange(world.rank * share, (world.rank + 1) * share) % len(labels)
-    parts = []
-    with engine.drawing() as model:
-        for chunk in np.array_split(mine, math.ceil(share / job.split.micro_batch)):
-            codes_BL = generate(
-                model, engine.objective.quantizer, torch.from_numpy(labels[chunk]), seeds=chunk.tolist()
-            )
-            parts.append(codes_BL.cpu())
-    codes_NL = torch.cat(world.gather(torch.cat(parts)))[: len(labels)]
-    name = f"samples/step-{done:09d}.png"
-    if world.is_main:
-        tokenizer = load_tokenizer(job.config.data.tokenizer).eval().to(world.device)
-        with torch.no_grad():
-            pictures = [to_uint8(tokenizer.decode(codes_BL.to(world.device))) for codes_BL in torch.split(codes_NL, 16)]
-        save_png(run.path / name, grid(np.concatenate(pictures), columns=tracking.sample_per_class))
-    tracker.write("sample", done, file=name)
 
 
 def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:
