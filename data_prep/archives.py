@@ -14,7 +14,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from data_prep.listfile import numbered_classes
-from data_prep.sources import IMAGE_SUFFIXES, SPLITS, Background, Entry, Item, Listing, decode, tar_key
+from data_prep.pixels import Background, decode
+from data_prep.sources import IMAGE_SUFFIXES, SPLITS, Entry, Item, Listing, tar_key
 from mvar.errors import ImageError
 from mvar.remote import fetch, is_url
 

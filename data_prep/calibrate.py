@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from data_prep.encoder import Encoder, deterministic
 from data_prep.job import TokenizeConfig
-from data_prep.sources import DamagedImageError, Source
+from data_prep.pixels import DamagedImageError
+from data_prep.sources import Source
 from data_prep.views import Pixels
 from mvar.disk import write_file
 from mvar.errors import ConfigError, ImageError

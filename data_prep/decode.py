@@ -12,7 +12,8 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from data_prep.sources import DamagedImageError, Item, Reader
+from data_prep.pixels import DamagedImageError
+from data_prep.sources import Item, Reader
 from data_prep.views import Pixels, ViewPlan
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from data_prep.layouts import Kind, open_images
-from data_prep.sources import Background, Source
+from data_prep.pixels import Background
+from data_prep.sources import Source
 from data_prep.views import RESIZE, HFlip, ViewPlan
 from mvar.config import Fraction, Section
 from mvar.disk import make_folder, write_file

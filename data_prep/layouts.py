@@ -7,7 +7,8 @@ from typing import Literal
 
 from data_prep.archives import Archives
 from data_prep.listfile import ListFile
-from data_prep.sources import Background, ImageFolder, Source, text_lines
+from data_prep.pixels import Background
+from data_prep.sources import ImageFolder, Source, text_lines
 from mvar.errors import ConfigError
 from mvar.remote import is_url
 

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.sources import SPLITS, Background, Entry, FileReader, Item, Listing, file_keys, text_lines
+from data_prep.pixels import Background, FileReader
+from data_prep.sources import SPLITS, Entry, Item, Listing, file_keys, text_lines
 from mvar.errors import ImageError
 
 

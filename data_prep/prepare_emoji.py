@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.images_out import write_png
-from data_prep.sources import FileReader
+from data_prep.pixels import FileReader
 from mvar.cli import run_command
 from mvar.errors import ImageError
 

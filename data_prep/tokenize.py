@@ -27,9 +27,10 @@ from data_prep.claims import Claims
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
 from data_prep.encoder import Encoder, collect
 from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes
+from data_prep.pixels import DamagedImageError
 from data_prep.progress import Progress, clock
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
-from data_prep.sources import DamagedImageError, Item, Source
+from data_prep.sources import Item, Source
 from data_prep.views import ViewPlan
 from mvar.cli import run_command
 from mvar.config import describe, load

@@ -24,7 +24,8 @@ import numpy as np
 import psutil
 import torch
 
-from data_prep.sources import ImageFolder, read_rgb
+from data_prep.pixels import read_rgb
+from data_prep.sources import ImageFolder
 from data_prep.views import centre_view
 from mvar.cli import run_command
 from mvar.config import TrainConfig, load

@@ -21,7 +21,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -56,9 +56,9 @@ class _Record(pydantic.BaseModel):
 
 
 class FileInfo(_Record):
-    """A file of the store, as it has to be."""
+    """A file of the store, as it has to be. Its name is a plain one: copies are written, and commands run, with it."""
 
-    name: str
+    name: Annotated[str, pydantic.Field(pattern=r"^\w[\w.-]*$")]
     bytes: int
     sha256: str
 

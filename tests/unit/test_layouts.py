@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_prep.layouts import detect, open_images
-from data_prep.sources import DamagedImageError
+from data_prep.pixels import DamagedImageError
 from mvar.errors import ConfigError, ImageError, StoreError
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.sources import MAX_KEY, DamagedImageError, FileReader, ImageFolder, held_out, read_rgb, tar_key
+from data_prep.pixels import DamagedImageError, FileReader, read_rgb
+from data_prep.sources import MAX_KEY, ImageFolder, held_out, tar_key
 from mvar.errors import ImageError
 from tests.stores import image_folder
 

@@ -1,5 +1,6 @@
 """A store copied to a node's own disk: once, whole, and shared."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,15 @@ def test_another_store_under_the_same_address_gets_another_copy(folder, tmp_path
     shutil.rmtree(folder)
     synthetic_store(folder, train=7)
     assert staging.stage(folder, tmp_path / "stage") != first
+
+
+@pytest.mark.parametrize("name", ["../train-000000.tar", "/etc/x", "a; rm -r x", "$(x)", ".hidden", ""])
+def test_a_manifest_with_names_that_are_not_plain_is_refused(folder, tmp_path, name):
+    tree = json.loads((folder / MANIFEST).read_text())
+    tree["splits"]["train"]["shards"][0]["name"] = name
+    (folder / MANIFEST).write_text(json.dumps(tree))
+    with pytest.raises(StoreError, match=r"damaged at splits\.train\.shards\.0\.name"):
+        staging.stage(from_pipe(folder), tmp_path / "stage")
 
 
 def test_too_little_room_is_said_before_anything_is_copied(folder, tmp_path, monkeypatch):
