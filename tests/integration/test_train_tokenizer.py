@@ -17,7 +17,7 @@ from mvar.cli import main
 from mvar.tokenizer.files import load_tokenizer, sha256_of
 from mvar.tokenizer.train import MetricsLog
 
-STEPS = 16
+STEPS = 40
 SETTINGS = [
     "geometry.channels=8",
     "geometry.channel_mult=[1,2]",
@@ -38,8 +38,8 @@ SETTINGS = [
     "device=cpu",
     "threads=2",
     "log_every=1",
-    "save_every=4",
-    "validate_every=6",
+    "save_every=8",
+    "validate_every=15",
     "val_fraction=0.2",
 ]
 
@@ -85,7 +85,7 @@ def test_a_training_leaves_tokenizer_metrics_and_pictures(finished):
     assert vqvae.image_size == 8
     assert list(losses(finished)) == list(range(1, STEPS + 1))
     validations = [record for record in records(finished) if record["kind"] == "val"]
-    assert [record["step"] for record in validations] == [6, 12, STEPS]
+    assert [record["step"] for record in validations] == [15, 30, STEPS]
     assert {"psnr_db", "used_share", "used_S", "perplexity_S"} <= validations[0].keys()
     assert sum(record["revived"] for record in records(finished) if record["kind"] == "train") > 0
     with Image.open(finished / "reconstructions.png") as sheet:
@@ -110,7 +110,7 @@ def test_a_finished_training_is_not_run_again(images, finished, capsys):
 def test_a_killed_training_goes_on_exactly(images, finished, tmp_path):
     command = [sys.executable, "-m", "mvar.tokenizer.train", f"images={images}", f"out={tmp_path}", *SETTINGS]
     metrics = tmp_path / "metrics.jsonl"
-    for kill_at in (2, 6, 11):  # before the first saved state, then between two
+    for kill_at in (2, 12, 20):  # before the first saved state, then between two
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') >= kill_at):
             time.sleep(0.01)
