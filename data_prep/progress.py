@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 PROGRESS_EVERY_S = 5.0
 
@@ -14,7 +14,8 @@ PROGRESS_EVERY_S = 5.0
 class Progress:
     """A line every few seconds: shards, images, images per second, share of time the encoder was busy, time left.
 
-    `total`: images that this task will make, None where it depends on the other tasks.
+    `total`: images that this task will make, None where it depends on the other tasks. The clock starts when images are
+    first waited for, so the verification of earlier shards does not count.
     """
 
     title: str
@@ -22,12 +23,12 @@ class Progress:
     images: int = 0
     shards: int = 0
     waited_s: float = 0.0
-    began_s: float = field(default_factory=time.monotonic)
-    said_s: float = field(default_factory=time.monotonic)
+    began_s: float | None = None
+    said_s: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began_s
+        return 0.0 if self.began_s is None else time.monotonic() - self.began_s
 
     @property
     def busy_share(self) -> float:
@@ -36,12 +37,14 @@ class Progress:
     @contextmanager
     def waiting(self, idle: Callable[[], bool]) -> Iterator[None]:
         """Counts the time inside as lost, unless the encoder is still at work when it ends."""
-        began_s = time.monotonic()
+        now_s = time.monotonic()
+        if self.began_s is None:
+            self.began_s = self.said_s = now_s
         try:
             yield
         finally:
             if idle():
-                self.waited_s += time.monotonic() - began_s
+                self.waited_s += time.monotonic() - now_s
 
     def add(self, images: int) -> None:
         self.images += images

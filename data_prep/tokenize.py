@@ -134,7 +134,8 @@ def make_claimed(maker: ShardMaker, task: int, tasks: int) -> int:
                 claims.release(shard.name)
                 del open_shards[shard.name]
             if open_shards:  # The others are at work on them, or dead.
-                time.sleep(POLL_S)
+                with maker.progress.waiting(lambda: True):
+                    time.sleep(POLL_S)
     return verified
 
 
