@@ -1,6 +1,7 @@
 """Images to a code store: the same bytes from any number of tasks and after kills, refusals where it is not whole."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -180,6 +182,34 @@ def test_the_codes_are_those_of_every_view_of_every_image(inputs, pristine):
         assert not items
 
 
+@pytest.mark.parametrize("decoders", ["threads", "processes"])
+def test_the_same_images_as_a_folder_a_list_and_tars_give_the_same_codes(inputs, tmp_path, decoders):
+    items = ImageFolder(inputs / "images").items
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for item in items:
+            for name, data in (
+                (f"{item.key}.png", Path(item.path).read_bytes()),
+                (f"{item.key}.cls", b"%d" % item.label),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "list.csv").write_text("".join(f"{item.path},class{item.label}\n" for item in items))
+    plain = ("shuffle=false", "val_fraction=0", "views.center=true", "views.random_crops=0", f"decoders={decoders}")
+    found = []
+    for number, source in enumerate((inputs / "images", tmp_path / "list.csv", f"pipe:cat {tmp_path}/set.tar")):
+        store = tmp_path / f"codes{number}"
+        given = (f"source={source}", f"source_cache={tmp_path}/cache", "workers=1", *plain)
+        tokenize(config(inputs, store, *given))
+        finalize(store)
+        split = CodeStore.open(store).split("train")
+        places, views = (grid.ravel() for grid in np.meshgrid(np.arange(len(split)), np.arange(split.views)))
+        found.append((split.labels_N, split.codes(places, views)))
+    for labels, codes in found[1:]:
+        assert np.array_equal(labels, found[0][0])
+        assert np.array_equal(codes, found[0][1])
+
+
 def test_shuffled_stores_mix_the_classes_and_plain_ones_keep_their_order(inputs, pristine, tmp_path):
     labels = CodeStore.open(pristine).split("train").labels_N
     assert (np.diff(labels) < 0).any()
@@ -191,8 +221,6 @@ def test_shuffled_stores_mix_the_classes_and_plain_ones_keep_their_order(inputs,
 
 
 def test_the_tars_stream_through_plain_webdataset(pristine):
-    import io
-
     import webdataset
 
     store = CodeStore.open(pristine)
