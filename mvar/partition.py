@@ -9,8 +9,8 @@ The one place that knows DeepSpeed's insides. What is read, by ZeRO stage (seen 
 | 3     | `optimizer.fp32_partitioned_groups_flat[i]`, flat   | `optimizer.grad_position`: flat number, offset  |
 
 Adam's moments are in `client.state[master]`, laid out like the master weights; `client` is the torch-style optimizer
-that we gave to DeepSpeed. After writing, `publish` brings the weights that the model computes with up to date: through
-`update_lp_params` (1, 2), or the sub-group's own re-assignment and a gather of persistent parameters (3).
+that we gave to DeepSpeed. The weights that the model computes with follow through `update_lp_params` (1, 2), or through
+each sub-group's own re-assignment while it is open, and a gather of persistent parameters (3).
 """
 
 from __future__ import annotations
@@ -139,15 +139,13 @@ class Partition:
 
     @property
     def adam_steps(self) -> int:
-        """Updates that AdamW has made (skipped steps do not count)."""
+        """Updates that AdamW has made (skipped steps do not count). To be set after `fill`."""
         state = self._client.state.get(self._masters[0])
         return int(state["step"]) if state else 0
 
     @adam_steps.setter
     def adam_steps(self, steps: int) -> None:
         for key in self._masters:
-            if not self._client.state[key]:
-                self._begin(key)
             state: Any = self._client.state[key]
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(float(steps))
@@ -171,6 +169,9 @@ class Partition:
 
         What belongs to no parameter becomes zero: DeepSpeed pads with memory that it never set. `publish` afterwards.
         """
+        zero: Any = self._zero
+        if self.stage == 3:
+            zero._partition_all_parameters()
         for number, pieces in self._by_master(self.held):
             with self.opened(number, write=True) as views:
                 for kind, view in views.items():
@@ -179,6 +180,8 @@ class Partition:
                         values = source(piece, kind)
                         if values is not None:
                             view.narrow(0, piece.offset, piece.count).copy_(values)
+                if self.stage == 3:
+                    zero._reassign_or_swap_out_partitioned_parameters(number)
 
     def _by_master(self, pieces: list[Piece]) -> list[tuple[int, list[Piece]]]:
         found: dict[int, list[Piece]] = {number: [] for number in range(len(self._masters))}
@@ -187,13 +190,9 @@ class Partition:
         return list(found.items())
 
     def publish(self) -> None:
-        """Make the weights that the model computes with follow the master weights. All ranks together."""
+        """After `fill`: bring what other ranks wrote into the weights that the model computes with. All ranks."""
         zero: Any = self._zero
         if self.stage in (1, 2):
             zero.update_lp_params()
-        elif self.stage == 3:
-            zero._partition_all_parameters()
-            for number in range(len(self._masters)):
-                zero._reassign_or_swap_out_partitioned_parameters(number)
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        elif self.stage == 3 and zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

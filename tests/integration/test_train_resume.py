@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import shutil
 import signal
@@ -161,3 +162,27 @@ def test_only_one_process_trains_in_a_folder(tmp_path: Path, store: Path) -> Non
     job.send(signal.SIGUSR1, rank=0)
     assert job.wait() == [75]
     assert json.loads((folder_of(run / "checkpoints", len(losses(run))) / "checkpoint.json").read_text())
+
+
+@pytest.mark.slow
+def test_moments_on_disk_resume_and_move_to_another_template(tmp_path: Path, store: Path) -> None:
+    """Compiles DeepSpeed's file access where that was not done before: minutes, and libaio's headers."""
+    if "libaio" not in (ctypes.util.find_library("aio") or ""):
+        pytest.skip("libaio is not installed (Debian: libaio-dev)")
+    wide = {"model__width": 256, "model__heads": 4}  # Smaller tensors would stay in memory.
+    expected = undisturbed(tmp_path, store, 1, **wide)
+    disk = tmp_path / "disk.json"
+    offload = {"device": "nvme", "nvme_path": "auto", "buffer_count": 4, "pin_memory": False}
+    zero = {
+        "stage": 3,
+        "sub_group_size": 500_000,
+        "stage3_param_persistence_threshold": 0,
+        "offload_optimizer": offload,
+    }
+    disk.write_text(json.dumps({"zero_optimization": zero, "aio": {"block_size": 1048576}}))
+    config = write_config(tmp_path, store, "disk", **wide, engine__offload_folder=str(tmp_path))
+    for until in (5, 12):
+        finish(tmp_path, config, 1, f"engine.ds_config={disk}", f"max_steps={until}")
+    assert list(tmp_path.rglob("*.tensor.swp")), "nothing was kept on disk"
+    finish(tmp_path, config, 1)
+    assert losses(tmp_path / "disk") == pytest.approx(expected, abs=1e-5)
