@@ -278,7 +278,7 @@ def _filled(path: Path, module: M, tensors: dict[str, Tensor]) -> M:
             f"tokenizer file {path}: does not fit the geometry {module.geometry}: {'; '.join(differences[:3])}{more}."
             " Give the tokenizer of that geometry, or the geometry of that tokenizer."
         )
-    damaged = [name for name, value in tensors.items() if not value.isfinite().all()]
+    damaged = [name for name, value in tensors.items() if not value.sum(dtype=torch.float64).isfinite()]
     if damaged:
         raise TokenizerError(_damaged(path, "tokenizer", f"{damaged[0]} holds values that are not finite"))
     module.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=True, assign=True)
