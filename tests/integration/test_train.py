@@ -44,18 +44,18 @@ def build(world: World, tree: dict[str, Any]) -> tuple[Engine, train.Job]:
 
 
 def batches_of(job: train.Job, world: World, step: int) -> list[Batch]:
-    stream = job.stream.rank_batches(step * job.config.global_batch, world.rank, world.size, job.split.micro_batch)
-    found = [next(stream) for _ in range(job.split.accumulation)]
-    stream.close()
-    return found
+    """This rank's micro-batches of a step, read here and now."""
+    micro, share = job.split.micro_batch, job.config.global_batch // world.size
+    starts = range(world.rank * share, (world.rank + 1) * share, micro)
+    return [job.stream.batch(step * job.config.global_batch, start, micro) for start in starts]
 
 
 def run_steps(engine: Engine, job: train.Job, world: World, first: int, last: int) -> list[float]:
     return [engine.step(step, batches_of(job, world, step)).averages.loss for step in range(first, last)]
 
 
-def weights_of(engine: Engine) -> list[list[float]]:
-    return [values.tolist() for _, _, values in engine.partition.blocks()]
+def weights_of(engine: Engine) -> list[bytes]:
+    return [values.numpy().tobytes() for _, _, values in engine.partition.blocks()]
 
 
 class Spoiled:
