@@ -18,9 +18,9 @@ from data_prep.pixels import Background
 from data_prep.sources import Source
 from data_prep.views import RESIZE, HFlip, ViewPlan
 from mvar.config import Fraction, Section
-from mvar.disk import make_folder, write_file
+from mvar.disk import make_folder, sha256_of, write_file
 from mvar.errors import StoreError
-from mvar.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo, sha256_of
+from mvar.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.tokenizer.files import save_quantizer
 from mvar.tokenizer.vqvae import VQVAE
 

@@ -18,9 +18,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvar.disk import write_file, writing
+from mvar.disk import sha256_of, write_file, writing
 from mvar.errors import StoreError
-from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, Quarantined, ShardInfo, codes_header, sha256_of
+from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, Quarantined, ShardInfo, codes_header
 
 MTIME_S = 1_000_000_000
 """Modification time of every member: fixed, so that equal samples give equal bytes."""

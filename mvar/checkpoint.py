@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mvar import config as configs
 from mvar.config import ModelConfig, TrainConfig
+from mvar.disk import sha256_of, sync_folder
 from mvar.errors import CheckpointError
 from mvar.launch import World
 from mvar.partition import KINDS, WEIGHT, Partition, Piece
@@ -85,22 +86,6 @@ def _chunks(head: list[bytes], values: Iterable[Tensor]) -> Iterator[memoryview]
         whole = memoryview(array).cast("B") if len(array) else memoryview(b"")
         for start in range(0, len(whole), _BLOCK_BYTES):
             yield whole[start : start + _BLOCK_BYTES]
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -257,11 +242,11 @@ def save(checkpoints: Path, partition: Partition, world: World, progress: Progre
         )
         _write_synced(temporary / "config.yaml", configs.dump(identity.config))
         _write_synced(temporary / RECORD, record.text())
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if final.exists():  # Saved before, damaged since, and therefore passed over when this run started.
             _discard(final)
         os.rename(temporary, final)
-        _sync_folder(checkpoints)
+        sync_folder(checkpoints)
 
     try:
         world.raise_together(_attempt(lambda: _prepare(temporary, partition)) if world.is_main else None)
@@ -358,7 +343,7 @@ def verify(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1
             size = path.stat().st_size
             if size != expected.bytes:
                 raise CheckpointError(f"{path}: {size} bytes, expected {expected.bytes}.")
-            if digests and _digest(path) != expected.sha256:
+            if digests and sha256_of(path) != expected.sha256:
                 raise CheckpointError(f"{path}: its SHA-256 differs from the one that was written.")
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None

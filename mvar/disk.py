@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
 import socket
@@ -18,6 +19,8 @@ from typing import BinaryIO
 
 from mvar.errors import StoreError
 
+BLOCK_BYTES = 1 << 20
+"""Read at once when a file is digested."""
 STALE_AFTER_S = 3600.0
 """Age at which a temporary of another host is stale, where locks may not reach from host to host."""
 
@@ -40,7 +43,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StoreError(
             f"{path}: cannot be written ({error.strerror or error}). Make room or give a writable folder, "
@@ -103,7 +106,17 @@ def host_name() -> str:
     return socket.gethostname().replace("~", "-").replace("/", "-")
 
 
-def _sync_folder(folder: Path) -> None:
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk, so that a rename outlives a crash of the machine. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import io
 import json
 import mmap
@@ -29,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from mvar import staging
+from mvar.disk import sha256_of
 from mvar.errors import StoreError
 from mvar.remote import is_url
 from mvar.scales import ScalePyramid
@@ -388,15 +388,6 @@ def check_file(folder: Path, info: FileInfo, *, digest: bool = True) -> None:
         raise StoreError(f"{path}: damaged, {size:,} bytes instead of {info.bytes:,}. {mend}")
     if digest and sha256_of(path) != info.sha256:
         raise StoreError(f"{path}: damaged, its sha256 is not the one in the manifest ({info.sha256[:12]}...). {mend}")
-
-
-def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_table(folder: Path, name: str, info: SplitInfo, table: IndexTable, manifest: Manifest) -> None:

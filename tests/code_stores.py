@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from data_prep.shards import read_shard, shard_writer
+from mvar.disk import sha256_of
 from mvar.scales import ScalePyramid
 from mvar.store import (
     INDEX,
@@ -22,7 +23,6 @@ from mvar.store import (
     SourceInfo,
     SplitInfo,
     TokenizerInfo,
-    sha256_of,
     write_index,
 )
 from mvar.tokenizer.files import save_quantizer, save_tokenizer

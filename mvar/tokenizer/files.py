@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mvar import disk
 from mvar.errors import MvarError, TokenizerError
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.quantizer import Quantizer
@@ -72,13 +73,9 @@ def load_quantizer(path: FilePath) -> Quantizer:
 def sha256_of(path: FilePath) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises TokenizerError if it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return disk.sha256_of(path)
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror}). Give an existing file.") from None
-    return digest.hexdigest()
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -108,11 +105,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    disk.sync_folder(path.parent)
 
 
 # ---- writing
