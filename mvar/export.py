@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mvar.checkpoint import load_weights, save_weights
 from mvar.cli import run_command
 from mvar.errors import MvarError
 from mvar.model.transformer import MVAR, published_state_dict
 from mvar.published import write_published
+from mvar.weights import load_weights, save_weights
 
 SUFFIX = {"safetensors": ".safetensors", "published": ".pth"}
 

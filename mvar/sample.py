@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer)
 
-    from mvar.checkpoint import load_weights
+    from mvar.weights import load_weights
 
     config, state = load_weights(args.weights, step=args.step)
     if config.num_classes is None:

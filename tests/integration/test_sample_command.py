@@ -13,13 +13,13 @@ from PIL import Image
 
 from data_prep.sources import ImageFolder
 from mvar import sample
-from mvar.checkpoint import save_weights
 from mvar.cli import main as mvar
 from mvar.config import ModelConfig
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.tokenizer.files import save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
+from mvar.weights import save_weights
 
 PYRAMID = (1, 2, 4)
 CLASSES = 4

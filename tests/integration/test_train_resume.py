@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from mvar.checkpoint import folder_of, load_weights, steps_in
+from mvar.checkpoint import folder_of, steps_in
+from mvar.weights import load_weights
 from tests.code_stores import make_store
 from tests.distributed import Ranks
 from tests.tiny_runs import losses, records, template, write_config

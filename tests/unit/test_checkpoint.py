@@ -23,9 +23,7 @@ from mvar.checkpoint import (
     differences,
     folder_of,
     keep_newest,
-    load_weights,
     save,
-    save_weights,
     steps_in,
     verify,
 )
@@ -33,6 +31,7 @@ from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
 from mvar.launch import Place, World
 from mvar.partition import KINDS, Piece
+from mvar.weights import load_weights, save_weights
 
 SHAPES = {"head.weight": (5, 3), "head.bias": (5,), "scale": (1, 1)}
 ALONE = World(Place("alone"), torch.device("cpu"))

@@ -1,0 +1,113 @@
+"""RUN/history.jsonl: every start of a training run, and how it ended.
+
+The losses of a run are in metrics.jsonl, which a resumed run cuts back to where it goes on; nothing is ever cut here.
+One JSON object a line, all with `event` and `time` (Unix seconds):
+
+    start      pid, host, world, and of Slurm: job, restarts, nodes, allocated (when the job began)
+    going_on   step: the checkpoint was taken up (0: the run began)
+    end        code, step, reason: the process ended by itself
+
+A start without an end was killed. Needs neither torch nor Slurm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAME = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the run."""
+
+    time: float
+    """Unix seconds."""
+    world: int
+    pid: int
+    host: str
+    job: str | None
+    """Slurm's job id; `array_task` for a member of an array."""
+    restarts: int
+    """How often Slurm had requeued the job."""
+    nodes: str | None
+    allocated: float | None
+    """When the job got its nodes, Unix seconds."""
+    begin_step: int | None = None
+    """Steps done when training went on; None if it never got so far."""
+    end_time: float | None = None
+    """None: killed, or still running."""
+    end_step: int | None = None
+    code: int | None = None
+    reason: str = ""
+
+
+class History:
+    """The file of one run. Only the process that holds the run folder writes."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / NAME
+
+    def start(self, world: int, environ: Mapping[str, str] = os.environ) -> None:
+        array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+        began = environ.get("SLURM_JOB_START_TIME", "")
+        self._write(
+            "start",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            world=world,
+            job=f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID"),
+            restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
+            nodes=environ.get("SLURM_JOB_NODELIST"),
+            allocated=float(began) if began.isdigit() else None,
+        )
+
+    def going_on(self, step: int) -> None:
+        self._write("going_on", step=step)
+
+    def end(self, code: int, step: int | None, reason: str) -> None:
+        self._write("end", code=code, step=step, reason=reason)
+
+    def _write(self, event: str, **values: Any) -> None:
+        line = json.dumps({"event": event, "time": time.time()} | values)
+        with self.path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            torn = size > 0 and file.read(1) != b"\n"
+            file.write(b"\n" * torn + line.encode() + b"\n")
+
+    def starts(self) -> list[Start]:
+        """All starts, oldest first. Lines torn by a kill are passed over."""
+        found: list[Start] = []
+        for event in self._events():
+            kind = event.pop("event", None)
+            if kind == "start":
+                found.append(Start(**event))
+            elif kind == "going_on" and found:
+                found[-1] = _with(found[-1], begin_step=event["step"])
+            elif kind == "end" and found:
+                ended = {"end_time": event["time"], "end_step": event["step"]}
+                found[-1] = _with(found[-1], **ended, code=event["code"], reason=event["reason"])
+        return found
+
+    def _events(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        events = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+        return events
+
+
+def _with(start: Start, **changes: Any) -> Start:
+    return Start(**(vars(start) | changes))
