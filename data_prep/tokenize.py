@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.calibrate import Calibration, calibrate, calibration_views, require_accepted
-from data_prep.claims import Claims
+from mvar.claims import Claims
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
 from data_prep.encoder import Encoder, collect
 from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-000000123` of
 
-    rank-00000.safetensors ...   for every parameter the elements that this rank owned: fp32 weight, AdamW's two moments
+    rank-00000.safetensors ...   for every parameter the elements that this rank owned: fp32 weight, AdamW's two
+                                 moments, and the moving average of the weights if there is one
     checkpoint.json              configuration, step, samples seen, who holds which elements, sizes and SHA-256 of files
     config.yaml                  the configuration again, for people and for `--config`
 
@@ -13,6 +14,7 @@ no conversion, and the same ones get the same bits. Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,8 +38,9 @@ from mvar.disk import sha256_of, sync_folder
 from mvar.errors import CheckpointError
 from mvar.launch import World
 from mvar.partition import KINDS, WEIGHT, Partition, Piece
+from mvar.schedule import Stretch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORD = "checkpoint.json"
 _NAME = re.compile(r"step-(\d{9,})")
 _BLOCK_BYTES = 1 << 24
@@ -100,6 +103,10 @@ class Progress:
     skipped_steps: int = 0
     loss_scaler: dict[str, float] | None = None
     """fp16's dynamic loss scale."""
+    stretches: tuple[Stretch, ...] = ()
+    """The global batches of the run, one after the other; empty: that of the configuration from the beginning."""
+    validation_loss: float | None = None
+    """Mean cross entropy of a validation after this very step, if there was one."""
 
 
 class Record(pydantic.BaseModel):
@@ -117,6 +124,8 @@ class Record(pydantic.BaseModel):
     """SHA-256 of the code store's manifest."""
     world_size: int
     zero_stage: int
+    kinds: tuple[str, ...] = KINDS
+    """What is kept of every parameter."""
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter."""
     pieces: dict[str, list[tuple[str, int, int]]]
@@ -166,24 +175,29 @@ class Identity:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def differences(record: Record, identity: Identity) -> list[str]:
-    """What keeps `identity` from going on with a checkpoint: changed keys of model, order of data and batch."""
-    saved: dict[str, Any] = {key: record.config.get(key) for key in ("seed", "global_batch")}
-    now: dict[str, Any] = {"seed": identity.config.seed, "global_batch": identity.config.global_batch}
+def differences(record: Record, identity: Identity, *, change_batch: bool = False) -> list[str]:
+    """What keeps `identity` from going on with a checkpoint: changed keys of model, order of data and batch.
+
+    `change_batch`: another global batch is meant.
+    """
+    keys = ("seed",) if change_batch else ("seed", "global_batch")
+    saved: dict[str, Any] = {key: record.config.get(key) for key in keys}
+    now: dict[str, Any] = {key: getattr(identity.config, key) for key in keys}
     saved |= {f"model.{key}": value for key, value in _essence(ModelConfig.model_validate(record.model)).items()}
     now |= {f"model.{key}": value for key, value in _essence(identity.model).items()}
     saved["data.store (its manifest)"], now["data.store (its manifest)"] = record.store[:12], identity.store[:12]
     return [f"{key}: was {saved[key]}, is {now[key]}" for key in now if saved[key] != now[key]]
 
 
-def require_same(folder: Path, identity: Identity) -> None:
+def require_same(folder: Path, identity: Identity, *, change_batch: bool = False) -> None:
     """Raises CheckpointError, with the keys, if `identity` is not the run that `folder` was saved by."""
-    changed = differences(Record.read(folder), identity)
+    changed = differences(Record.read(folder), identity, change_batch=change_batch)
     if changed:
         raise CheckpointError(
             f"{folder}: saved by another run than the one asked for:\n  "
             + "\n  ".join(changed)
-            + "\nPut these back, or give run=... another folder, or add --from-scratch."
+            + "\nPut these back, or give run=... another folder, or add --from-scratch. To go on with another"
+            " global_batch: --change-batch."
         )
 
 
@@ -208,54 +222,106 @@ def steps_in(checkpoints: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one rank wrote."""
+
+    file: str
+    record: FileRecord
+    pieces: list[Piece]
+
+
+class Draft:
+    """A checkpoint that is being made. It exists only after `commit`.
+
+    `begin`, `commit` and `abandon` are called by all ranks together; if one fails, all raise. `write` is each rank's
+    own affair, in whatever thread.
+    """
+
+    def __init__(
+        self, checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity
+    ) -> None:
+        self._partition, self._world, self._progress, self._identity = partition, world, progress, identity
+        self.final = folder_of(checkpoints, progress.step)
+        self._temporary = checkpoints / f".tmp-{self.final.name}"
+        self._written: Part | None = None
+        self._error: BaseException | None = None
+
+    def begin(self) -> None:
+        """Make the temporary folder, if there is room for the checkpoint. Raises CheckpointError."""
+        self._world.raise_together(_attempt(self._prepare) if self._world.is_main else None)
+
+    def _prepare(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        needed = self._partition.bytes_of_all
+        free = shutil.disk_usage(self._temporary).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self._temporary.parent}: a checkpoint takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are"
+                " free. Free space; run again."
+            )
+
+    def write(self, values: Iterable[Tensor]) -> None:
+        """Write this rank's part: `values` in the order of the partition's layout. `commit` tells of errors."""
+        self._error = _attempt(lambda: self._write(values))
+
+    def _write(self, values: Iterable[Tensor]) -> None:
+        name = f"rank-{self._world.rank:05d}.safetensors"
+        layout = self._partition.layout()
+        shapes: list[tuple[str, tuple[int, ...]]] = [(_key(p.name, kind), (p.count,)) for p, kind in layout]
+        record = write_tensors(self._temporary / name, shapes, values, {"step": str(self._progress.step)})
+        self._written = Part(name, record, [piece for piece, kind in layout if kind == WEIGHT])
+
+    def commit(self) -> Path:
+        """Give the folder its name, once every rank has written. Raises CheckpointError."""
+        self._world.raise_together(self._error)
+        assert self._written is not None
+        parts = self._world.gather(self._written)
+        self._world.raise_together(_attempt(lambda: self._publish(parts)) if self._world.is_main else None)
+        return self.final
+
+    def _publish(self, parts: list[Part]) -> None:
+        record = Record(
+            format_version=FORMAT_VERSION,
+            progress=self._progress,
+            config=self._identity.config.model_dump(mode="json"),
+            model=self._identity.model.model_dump(mode="json"),
+            store=self._identity.store,
+            world_size=self._world.size,
+            zero_stage=self._partition.stage,
+            kinds=self._partition.kinds,
+            shapes=self._partition.shapes,
+            pieces=_merge(parts),
+            files={part.file: part.record for part in parts},
+            versions=self._identity.versions,
+        )
+        _write_synced(self._temporary / "config.yaml", configs.dump(self._identity.config))
+        _write_synced(self._temporary / RECORD, record.text())
+        sync_folder(self._temporary)
+        if self.final.exists():  # Saved before, damaged since, and therefore passed over when this run started.
+            _discard(self.final)
+        os.rename(self._temporary, self.final)
+        sync_folder(self.final.parent)
+
+    def abandon(self) -> None:
+        if self._world.is_main:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
 def save(checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity) -> Path:
     """Write the checkpoint of `progress.step`; all ranks together. Returns its folder.
 
     If any rank fails, all raise, and nothing but complete checkpoints remains.
     """
-    final = folder_of(checkpoints, progress.step)
-    temporary = checkpoints / f".tmp-{final.name}"
-    name = f"rank-{world.rank:05d}.safetensors"
-    layout = partition.layout()
-    written: list[FileRecord] = []
-
-    def write() -> None:
-        shapes: list[tuple[str, tuple[int, ...]]] = [(_key(p.name, kind), (p.count,)) for p, kind in layout]
-        values = (values for _, _, values in partition.blocks())
-        written.append(write_tensors(temporary / name, shapes, values, {"step": str(progress.step)}))
-
-    def commit() -> None:
-        record = Record(
-            format_version=FORMAT_VERSION,
-            progress=progress,
-            config=identity.config.model_dump(mode="json"),
-            model=identity.model.model_dump(mode="json"),
-            store=identity.store,
-            world_size=world.size,
-            zero_stage=partition.stage,
-            shapes=partition.shapes,
-            pieces=_merge(parts),
-            files={file: record for file, record, _ in parts},
-            versions=identity.versions,
-        )
-        _write_synced(temporary / "config.yaml", configs.dump(identity.config))
-        _write_synced(temporary / RECORD, record.text())
-        sync_folder(temporary)
-        if final.exists():  # Saved before, damaged since, and therefore passed over when this run started.
-            _discard(final)
-        os.rename(temporary, final)
-        sync_folder(checkpoints)
-
+    draft = Draft(checkpoints, partition, world, progress, identity)
     try:
-        world.raise_together(_attempt(lambda: _prepare(temporary, partition)) if world.is_main else None)
-        world.raise_together(_attempt(write))
-        parts = world.gather((name, written[0], [piece for piece, kind in layout if kind == WEIGHT]))
-        world.raise_together(_attempt(commit) if world.is_main else None)
+        draft.begin()
+        draft.write(values for _, _, values in partition.blocks())
+        return draft.commit()
     except BaseException:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+        draft.abandon()
         raise
-    return final
 
 
 def _attempt(action: Any) -> BaseException | None:
@@ -269,27 +335,15 @@ def _attempt(action: Any) -> BaseException | None:
     return None
 
 
-def _prepare(temporary: Path, partition: Partition) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    needed = 4 * len(KINDS) * sum(torch.Size(shape).numel() for shape in partition.shapes.values())
-    free = shutil.disk_usage(temporary).free
-    if free < needed:
-        raise CheckpointError(
-            f"{temporary.parent}: a checkpoint takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free."
-            " Free space; run again."
-        )
-
-
 def _key(name: str, kind: str) -> str:
     return f"{kind}/{name}"
 
 
-def _merge(parts: list[tuple[str, FileRecord, list[Piece]]]) -> dict[str, list[tuple[str, int, int]]]:
+def _merge(parts: list[Part]) -> dict[str, list[tuple[str, int, int]]]:
     merged: dict[str, list[tuple[str, int, int]]] = {}
-    for file, _, pieces in parts:
-        for piece in pieces:
-            merged.setdefault(piece.name, []).append((file, piece.start, piece.stop))
+    for part in parts:
+        for piece in part.pieces:
+            merged.setdefault(piece.name, []).append((part.file, piece.start, piece.stop))
     return {name: sorted(spans, key=lambda span: span[1]) for name, spans in merged.items()}
 
 
@@ -308,14 +362,38 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(trash)
 
 
-def keep_newest(checkpoints: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints. The newest one that is in order is never removed."""
+def retain(checkpoints: Path, *, last: int, every: int = 0, best: bool = False) -> None:
+    """Remove all checkpoints but the newest `last`, those of every `every`-th step, and the `best` validated one.
+
+    The newest one that is in order is never removed.
+    """
     steps = steps_in(checkpoints)
-    kept = steps[-count:]
-    while len(kept) < len(steps) and all(problem_of(folder_of(checkpoints, step), digests=False) for step in kept):
-        kept = steps[-len(kept) - 1 :]
-    for step in steps[: len(steps) - len(kept)]:
-        _discard(folder_of(checkpoints, step))
+    kept = set(steps[-last:])
+    for step in reversed(steps):
+        kept.add(step)
+        if problem_of(folder_of(checkpoints, step), digests=False) is None:
+            break
+    if every:
+        kept |= {step for step in steps if step % every == 0}
+    if best:
+        kept |= _best_of(checkpoints, steps)
+    try:
+        for step in steps:
+            if step not in kept:
+                _discard(folder_of(checkpoints, step))
+    except OSError as error:  # Too many checkpoints are no reason to end a training.
+        print(f"mvar: WARNING: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)
+
+
+def _best_of(checkpoints: Path, steps: list[int]) -> set[int]:
+    """The step with the lowest validation loss, if any was validated."""
+    losses: dict[int, float] = {}
+    for step in steps:
+        with contextlib.suppress(CheckpointError):
+            loss = Record.read(folder_of(checkpoints, step)).progress.validation_loss
+            if loss is not None:
+                losses[step] = loss
+    return {min(losses, key=lambda step: (losses[step], step))} if losses else set()
 
 
 def remove_leftovers(checkpoints: Path) -> None:
@@ -418,9 +496,11 @@ def restore(folder: Path, partition: Partition, world: World) -> Progress:
     """Load weights, moments and AdamW's count; all ranks together. Raises CheckpointError if the model differs."""
     reader = Reader(folder)
     _same_shapes(reader.record, partition.shapes, folder)
+    # A moving average that is wanted from here on begins at the weights.
+    saved = {kind: kind for kind in reader.record.kinds}
 
     def fill() -> None:
-        partition.fill(lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.stop))
+        partition.fill(lambda piece, kind: reader.read(piece.name, saved.get(kind, WEIGHT), piece.start, piece.stop))
         partition.adam_steps = reader.record.progress.adam_steps
 
     world.raise_together(_attempt(fill))

@@ -98,6 +98,7 @@ class OptimConfig(Section):
     warmup_epochs: NonNegativeFloat | None = Field(None, description="default: epochs / 50")
     warmup_start: Fraction = Field(0.005, description="first learning rate, as a share of the peak")
     final_lr: Fraction = Field(0.1, description="last learning rate, as a share of the peak")
+    ema_decay: Fraction = Field(0.0, description="moving average of the weights, such as 0.9999; 0: none is kept")
     impl: Literal["auto", "torch", "deepspeed_cpu", "deepspeed_fused"] = Field("auto", description="who runs AdamW")
 
 
@@ -113,15 +114,29 @@ class EngineConfig(Section):
     threads: PositiveInt | None = Field(None, description="CPU threads a rank uses; default: cores / local ranks")
     offload_folder: Path | None = Field(None, description="folder on a fast local disk, for templates that use NVMe")
     max_bad_steps: PositiveInt = Field(10, description="end after so many steps in a row with a non-finite loss")
+    watchdog_s: NonNegativeFloat = Field(
+        1800, description="end with stacks in the log if a step, a save or the start takes longer, seconds; 0: never"
+    )
 
 
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
     every_steps: PositiveInt = Field(1000, description="save after so many steps")
-    keep_last: PositiveInt = Field(3, description="checkpoints kept")
+    background: Literal["auto", "off"] = Field(
+        "auto", description="write while training goes on; auto: if host memory has room for two copies of a snapshot"
+    )
+    on_failure: Literal["stop", "go_on"] = Field(
+        "stop", description="when a save fails (disk full): end, or warn and go on to the next one"
+    )
+    keep_last: PositiveInt = Field(3, description="newest checkpoints kept")
+    keep_every: NonNegativeInt = Field(0, description="keep those of every so many steps for good; 0: none")
+    keep_best: bool = Field(False, description="keep the one with the lowest validation loss (of those validated)")
     trust_sizes: bool = Field(False, description="verify sizes only, not digests, when resuming")
     stop_before_end_s: NonNegativeFloat = Field(180, description="save and stop so long before Slurm's time limit")
+    takeover_s: PositiveFloat = Field(
+        90, description="a run whose process on another host gave no sign of life for so long is taken over"
+    )
 
 
 class TrackingConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar import checkpoint, ds_config, randomness
-from mvar.checkpoint import Identity, Progress
+from mvar.checkpoint import Progress
 from mvar.config import ModelConfig, OptimConfig, TrainConfig
 from mvar.data import Batch
 from mvar.ds_config import BatchSplit
@@ -29,7 +29,7 @@ from mvar.launch import World
 from mvar.model.init import Initializer
 from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.objective import Losses, Objective
-from mvar.partition import WEIGHT, Partition, Piece
+from mvar.partition import EMA, WEIGHT, Partition, Piece
 from mvar.schedule import Plan, decays
 
 
@@ -58,8 +58,8 @@ class StepResult:
     bad_samples: list[int]
     """Samples (numbers in the train split) whose loss was not finite."""
     loss_scale: float | None
-    stop: bool
-    """Some rank was asked to stop."""
+    votes: tuple[int, ...]
+    """How many ranks said yes to each of the questions that were put to the vote."""
 
 
 def build_model(config: TrainConfig, model: ModelConfig) -> MVAR:
@@ -86,7 +86,7 @@ class Engine:
         self.stage = int(tree["zero_optimization"]["stage"])
         self._engine, client = self._initialize(tree)
         self._optimizer = client
-        self.partition = Partition(self._engine, client)
+        self.partition = Partition(self._engine, client, ema=config.optim.ema_decay > 0)
         self._scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None) if _is_fp16(config) else None
         self._rates_D = drop_path_rates(model.depth, model.resolved_drop_path)
         self._bad_in_a_row = 0
@@ -113,10 +113,22 @@ class Engine:
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.partition.shapes.values())
 
-    def initialise(self) -> None:
-        """Fill in the weights a training starts from, each a function of (seed, its name) only."""
+    def initialise(self, values: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> None:
+        """Fill in the weights a training starts from: `values(name, shape)`, by default a function of (seed, name)."""
+        values = values or self._initializer().value
+        shapes = self.partition.shapes
+
+        def initial(piece: Piece, kind: str) -> Tensor | None:
+            if kind not in (WEIGHT, EMA):
+                return None
+            return values(piece.name, shapes[piece.name]).flatten()[piece.start : piece.stop]
+
+        self.partition.fill(initial)
+        self.partition.publish()
+
+    def _initializer(self) -> Initializer:
         model = self._model_config
-        values = Initializer(
+        return Initializer(
             seed=self.config.seed,
             depth=model.depth,
             width=model.resolved_width,
@@ -125,21 +137,13 @@ class Engine:
             init_head=model.init_head,
             init_conditioning=model.init_conditioning,
         )
-        shapes = self.partition.shapes
 
-        def initial(piece: Piece, kind: str) -> Tensor | None:
-            if kind != WEIGHT:
-                return None
-            return values.value(piece.name, shapes[piece.name]).flatten()[piece.start : piece.stop]
-
-        self.partition.fill(initial)
-        self.partition.publish()
-
-    def step(self, step: int, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
+    def step(self, step: int, batches: Sequence[Batch], votes: Sequence[bool] = ()) -> StepResult:
         """One optimizer step, number `step` (0-based), over this rank's micro-batches.
 
-        `stop`: this rank was asked to stop; the result says whether any was. Raises TrainingError (on the first rank,
-        RemoteError elsewhere) after `engine.max_bad_steps` steps in a row without a finite loss or gradient.
+        `votes`: this rank's answers to questions of the caller's, counted over ranks at no extra cost. Raises
+        TrainingError (on the first rank, RemoteError elsewhere) after `engine.max_bad_steps` steps in a row without a
+        finite loss or gradient.
         """
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
@@ -151,7 +155,9 @@ class Engine:
             if len(found) < len(batches):
                 self._engine.step()
         grad_norm, applied = self._update()
-        averages, bad, stopping = self._agree(found, batches, stop)
+        if applied and self.config.optim.ema_decay:
+            self.partition.average(self.config.optim.ema_decay)
+        averages, bad, counts = self._agree(found, batches, votes)
         self.skipped_steps += not applied
         overflowed = self._scaler is not None and not bad
         self._bad_in_a_row = self._bad_in_a_row + 1 if not applied and not overflowed else 0
@@ -163,7 +169,7 @@ class Engine:
             )
             self.world.raise_together(error)
         scale = float(self._scaler.cur_scale) if self._scaler is not None else None
-        return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, stopping)
+        return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, counts)
 
     def _set_rates(self, step: int) -> tuple[float, float]:
         lr, weight_decay = self.plan.lr(step), self.plan.decay(step)
@@ -199,18 +205,21 @@ class Engine:
         norm = float(self._engine.get_global_grad_norm())
         return (norm if math.isfinite(norm) and norm >= 0 else None), bool(self._engine.was_step_applied())
 
-    def _agree(self, found: list[Losses], batches: Sequence[Batch], stop: bool) -> tuple[Averages, list[int], bool]:
-        """One sum over ranks a step: losses, and whether anybody has a bad sample or wants to stop."""
+    def _agree(
+        self, found: list[Losses], batches: Sequence[Batch], votes: Sequence[bool]
+    ) -> tuple[Averages, list[int], tuple[int, ...]]:
+        """One sum over ranks a step: losses, whether anybody has a bad sample, and the votes."""
         loss_BS = torch.cat([losses.loss_BS for losses in found])
         correct_BS = torch.cat([losses.correct_BS for losses in found])
         bad_B = ~loss_BS.isfinite().all(dim=1)
-        flags = torch.tensor([int(bad_B.sum()), int(stop), len(bad_B)], device=loss_BS.device)
-        sums = self.world.sum(torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), flags]))
+        counted = torch.tensor([int(bad_B.sum()), len(bad_B), *map(int, votes)], device=loss_BS.device)
+        sums = self.world.sum(torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), counted]))
+        losses, counts = sums[: -len(counted)], [int(count) for count in sums[-len(counted) :]]
         bad: list[int] = []
-        if sums[-3] > 0:
+        if counts[0] > 0:
             indices_B = np.concatenate([batch.indices_B for batch in batches])[bad_B.cpu().numpy()]
             bad = [int(index) for part in self.world.gather(indices_B.tolist()) for index in part]
-        return self._averages(sums[:-3], int(sums[-1])), bad, bool(sums[-2] > 0)
+        return self._averages(losses, counts[1]), bad, tuple(counts[2:])
 
     def _averages(self, sums_2S: Tensor, images: int) -> Averages:
         lengths_S = torch.tensor(self.objective.pyramid.lengths, dtype=torch.float64)
@@ -245,19 +254,20 @@ class Engine:
             yield self.model
         self._engine.train()
 
-    def save(self, checkpoints: Path, step: int, identity: Identity) -> Path:
-        """Write the checkpoint after `step` steps."""
+    def progress(self, step: int, validation_loss: float | None = None) -> Progress:
+        """What a checkpoint after `step` steps has to say, beyond weights and moments."""
         scaler = None
         if self._scaler is not None:
             scaler = {key: float(value) for key, value in vars(self._scaler).items() if key in _SCALER_STATE}
-        progress = Progress(
+        return Progress(
             step=step,
-            samples=step * self.split.global_batch,
+            samples=self.plan.samples(step),
             adam_steps=self.partition.adam_steps,
             skipped_steps=self.skipped_steps,
             loss_scaler=scaler,
+            stretches=self.plan.stretches,
+            validation_loss=validation_loss,
         )
-        return checkpoint.save(checkpoints, self.partition, self.world, progress, identity)
 
     def restore(self, folder: Path) -> int:
         """Take up weights, moments and loss scale; returns the number of steps done."""

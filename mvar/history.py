@@ -16,10 +16,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mvar.errors import MvarError
 
 NAME = "history.jsonl"
 
@@ -50,10 +53,22 @@ class Start:
 
 
 class History:
-    """The file of one run. Only the process that holds the run folder writes."""
+    """The file of one run. Only the process that holds the run folder writes: others say `writes=False`."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, writes: bool = True) -> None:
         self.path = run / NAME
+        self._writes = writes
+
+    @contextmanager
+    def recording(self, world: int) -> Iterator[History]:
+        """From a start to its end. An error that passes is the end's reason; other ends are told through `end`."""
+        self.start(world)
+        try:
+            yield self
+        except BaseException as error:
+            expected = isinstance(error, MvarError) or getattr(error, "expected", False)
+            self.end(2 if expected else 1, None, f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
 
     def start(self, world: int, environ: Mapping[str, str] = os.environ) -> None:
         array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
@@ -76,6 +91,8 @@ class History:
         self._write("end", code=code, step=step, reason=reason)
 
     def _write(self, event: str, **values: Any) -> None:
+        if not self._writes:
+            return
         line = json.dumps({"event": event, "time": time.time()} | values)
         with self.path.open("a+b") as file:
             size = file.seek(0, os.SEEK_END)

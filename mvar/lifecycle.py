@@ -6,17 +6,20 @@ checkpoints/      step-000000123/ ... (see mvar.checkpoint)
 samples/          grids of pictures
 STOP              made by a user: save, stop with exit code 75; removed when heeded
 FINISHED          made at the end: the same command has nothing left to do
-.lock             held by the process that trains here
+history.jsonl     every start of this run and how it ended (see mvar.history)
+.run.claim        whose process trains here (see mvar.claims)
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import faulthandler
 import json
 import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,14 +28,16 @@ from types import FrameType
 from typing import Any
 
 from mvar.checkpoint import remove_leftovers
+from mvar.claims import Claims
 from mvar.errors import CheckpointError, TrainingError
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75
 """Stopped on purpose, with a checkpoint saved: run the same command again."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-LOCK_PATIENCE_S = 5.0
-"""A killed predecessor may take this long to let go of the folder."""
+CLAIM = "run"
+CLAIM_PATIENCE_S = 5.0
+"""A killed predecessor on this host may take this long to let go of the folder."""
 
 
 class RunFolder:
@@ -48,47 +53,49 @@ class RunFolder:
         self.finished = path / "FINISHED"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def claimed(self, takeover_s: float) -> Iterator[Callable[[], bool]]:
         """Keep every other process out for as long as this lasts, and tidy up after killed ones.
 
-        Raises TrainingError if another holds the folder.
+        Gives a function that says whether the folder is still ours. A dead holder is replaced: on this host at once, of
+        another host once it gave no sign of life for `takeover_s`. Raises TrainingError if the holder is alive.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
-            self._take(lock)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+        with Claims(self.path, heartbeat_s=takeover_s / 9, stale_after_s=takeover_s) as claims:
+            self._take(claims)
             remove_leftovers(self.checkpoints)
-            yield
+            yield lambda: claims.holds(CLAIM)
 
-    def _take(self, lock: Any) -> None:
-        deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    lock.seek(0)
+    def _take(self, claims: Claims) -> None:
+        begin, first, told = time.monotonic(), None, False
+        while not claims.take(CLAIM):
+            with contextlib.suppress(OSError):  # Given back just now.
+                holder, beat = claims.holder(CLAIM)
+                first = beat if first is None else first
+                waited_s = time.monotonic() - begin
+                here = holder.endswith(f" on {socket.gethostname()}")
+                if beat != first or (here and waited_s > CLAIM_PATIENCE_S):
                     raise TrainingError(
-                        f"run folder {self.path}: {lock.read() or 'another process'} is training in it."
-                        " Wait for its end, or give run=... another folder."
-                    ) from None
-                time.sleep(0.1)
+                        f"run folder {self.path}: {holder} is training in it. Wait for its end, or give run=... another"
+                        " folder."
+                    )
+                if not here and not told:
+                    print(f"{self.path}: {holder} had this run; waiting for a sign of its life.", flush=True)
+                    told = True
+            time.sleep(0.1)
 
-    def finished_step(self) -> int:
-        """Steps after which the run was finished; -1 if it was not."""
+    def finished_at(self) -> tuple[int, int]:
+        """Steps and samples after which the run was finished; (-1, -1) if it was not."""
         try:
-            return int(json.loads(self.finished.read_text(encoding="utf-8"))["step"])
+            tree = json.loads(self.finished.read_text(encoding="utf-8"))
+            return int(tree["step"]), int(tree["samples"])
         except FileNotFoundError:
-            return -1
+            return -1, -1
         except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{self.finished}: damaged ({error}). Remove it to go on training.") from None
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int, samples: int) -> None:
         temporary = self.finished.with_name(".FINISHED.tmp")
-        temporary.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"step": step, "samples": samples}) + "\n", encoding="utf-8")
         os.replace(temporary, self.finished)
 
     def require_no_history(self) -> None:
@@ -109,7 +116,7 @@ class RunFolder:
 
     def set_aside(self) -> Path | None:
         """Move everything in the folder into `before-from-scratch-N`; None if there was nothing."""
-        entries = [e for e in self.path.iterdir() if not e.name.startswith((".lock", "before-from-scratch-"))]
+        entries = [e for e in self.path.iterdir() if not e.name.startswith((".run.claim", "before-from-scratch-"))]
         if not entries:
             return None
         number = 1
@@ -162,3 +169,25 @@ class StopRequests:
         if self._stop_file.exists():
             return f"{self._stop_file} exists"
         return None
+
+
+class Watchdog:
+    """Ends this process (exit code 1, stacks of all its threads on stderr) when `feed` is not called for `limit_s`.
+
+    A rank that hangs makes the others wait for it, so the watchdogs of all ranks bite within moments, and the log shows
+    where each one stood. It works while a thread is stuck in foreign code: Python's faulthandler needs no interpreter.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+
+    def __enter__(self) -> Watchdog:
+        self.feed()
+        return self
+
+    def feed(self) -> None:
+        if self._limit_s:
+            faulthandler.dump_traceback_later(self._limit_s, exit=True, file=sys.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()

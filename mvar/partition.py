@@ -15,6 +15,7 @@ each sub-group's own re-assignment while it is open, and a gather of persistent 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mvar.errors import BackendError
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
+EMA = "ema"
 TESTED_DEEPSPEED = "0.19"
 
 
@@ -48,9 +50,12 @@ class Piece:
 
 
 class Partition:
-    """This rank's part of weights and moments. Build it after `deepspeed.initialize`; `client` is its AdamW."""
+    """This rank's part of weights and moments. Build it after `deepspeed.initialize`; `client` is its AdamW.
 
-    def __init__(self, engine: Any, client: torch.optim.Optimizer) -> None:
+    `ema`: also keep a moving average of the weights, cut and kept like the master weights. Raises BackendError.
+    """
+
+    def __init__(self, engine: Any, client: torch.optim.Optimizer, *, ema: bool = False) -> None:
         import deepspeed
 
         if not deepspeed.__version__.startswith(TESTED_DEEPSPEED + "."):
@@ -70,6 +75,11 @@ class Partition:
         self.owned = self._share() if self.stage == 0 else self.held
         """What this rank writes into a checkpoint. Every element of the model is owned by exactly one rank."""
         assert all(master.dtype == torch.float32 for master in self._masters)
+        self.kinds = (*KINDS, EMA) if ema else KINDS
+        """What there is of every parameter."""
+        self._averages = [torch.zeros_like(master) for master in self._masters] if ema else []
+        if ema and any(self._is_swapped(number) for number in range(len(self._masters))):
+            raise BackendError("optim.ema_decay: weights that are kept on NVMe have no moving average. Set it to 0.")
 
     def _find_replicated(self, parameters: dict[str, nn.Parameter]) -> tuple[list[Tensor], list[Piece]]:
         pieces = [Piece(name, 0, p.numel(), number, 0) for number, (name, p) in enumerate(parameters.items())]
@@ -109,11 +119,22 @@ class Partition:
             seen += piece.count
         return shared
 
+    @property
+    def bytes_of_all(self) -> int:
+        """Size of everything, over all ranks."""
+        elements: int = sum(math.prod(shape) for shape in self.shapes.values())
+        return 4 * len(self.kinds) * elements
+
+    @property
+    def bytes_owned(self) -> int:
+        """Size of what this rank writes."""
+        return 4 * len(self.kinds) * sum(piece.count for piece in self.owned)
+
     @contextmanager
     def opened(self, master: int, *, write: bool = False) -> Iterator[dict[str, Tensor]]:
         """Flat float32 views of a master tensor and its moments, by kind. NVMe: read from disk, and back if `write`."""
         zero: Any = self._zero
-        swapped = self.stage == 3 and zero._swappable_optimizer_subgroup(master)
+        swapped = self._is_swapped(master)
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(master)
         key = self._masters[master]
@@ -121,11 +142,23 @@ class Partition:
         if not state:
             self._begin(key)
         with torch.no_grad():
-            yield {WEIGHT: key.detach().view(-1)} | {kind: state[kind].view(-1) for kind in MOMENTS}
+            views = {WEIGHT: key.detach().view(-1)} | {kind: state[kind].view(-1) for kind in MOMENTS}
+            if self._averages:
+                views[EMA] = self._averages[master].view(-1)
+            yield views
         if swapped and write:
             zero._optimizer_states_and_gradient_swap_out(master)
         elif swapped:
             zero._release_swap_buffers(master)
+
+    def _is_swapped(self, master: int) -> bool:
+        return self.stage == 3 and bool(self._zero._swappable_optimizer_subgroup(master))
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move the average towards the weights: decay * average + (1 - decay) * weight."""
+        for average, master in zip(self._averages, self._masters, strict=True):
+            average.lerp_(master, 1 - decay)
 
     def _begin(self, key: Tensor) -> None:
         """The state that AdamW makes at its first step, before it."""
@@ -157,12 +190,12 @@ class Partition:
         for number, pieces in self._by_master(self.owned):
             with self.opened(number) as views:
                 for piece in pieces:
-                    for kind in KINDS:
+                    for kind in self.kinds:
                         yield piece, kind, views[kind].narrow(0, piece.offset, piece.count)
 
     def layout(self) -> list[tuple[Piece, str]]:
         """Pieces and kinds in the order in which `blocks` gives them."""
-        return [(piece, kind) for _, pieces in self._by_master(self.owned) for piece in pieces for kind in KINDS]
+        return [(piece, kind) for _, pieces in self._by_master(self.owned) for piece in pieces for kind in self.kinds]
 
     def fill(self, source: Callable[[Piece, str], Tensor | None]) -> None:
         """Write everything this rank holds: `source(piece, kind)` gives `piece.count` float32 values, None for zeros.

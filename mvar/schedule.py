@@ -20,13 +20,30 @@ NO_DECAY_NAMES = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss", "
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long a run is, in optimizer steps, and how its learning rate and weight decay go."""
+class Stretch:
+    """From step `step` on, when `samples` images had been seen, each step takes `global_batch` images."""
 
+    step: int
+    samples: int
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how its learning rate and weight decay go.
+
+    The schedules run over images seen, counted in steps of the present global batch. So they go on where they were when
+    the global batch is changed on the way, and the peak learning rate follows the batch.
+    """
+
+    stretches: tuple[Stretch, ...]
+    """The global batches of the run; the last one holds now."""
+    total_samples: int
     total_steps: int
-    """Length of the schedule."""
+    """Length of the schedule, in steps of the present global batch."""
     last_step: int
-    """Steps that are really run: `total_steps`, or fewer with `max_steps`."""
+    """Optimizer steps that are really run: to the end of the schedule, or fewer with `max_steps`."""
+    max_steps: int | None
     warmup_steps: int
     peak_lr: float
     warmup_start: float
@@ -36,17 +53,27 @@ class Plan:
     weight_decay_end: float
 
     @classmethod
-    def of(cls, config: TrainConfig, images: int) -> Plan:
-        """The plan of `config` on a store of `images` training images. An epoch's remainder is never dropped."""
-        optim = config.optim
-        images_seen = Fraction(config.epochs) * images
-        total = max(1, math.ceil(images_seen / config.global_batch))
+    def of(cls, config: TrainConfig, images: int, stretches: tuple[Stretch, ...] = ()) -> Plan:
+        """The plan of `config` on a store of `images` training images. An epoch's remainder is never dropped.
+
+        `stretches`: the last one of `config.global_batch`; by default it holds from the beginning.
+        """
+        optim, batch = config.optim, config.global_batch
+        stretches = stretches or (Stretch(0, 0, batch),)
+        assert stretches[-1].global_batch == batch
+        total_samples = math.ceil(Fraction(config.epochs) * images)
+        total = max(1, math.ceil(total_samples / batch))
+        left = max(0, total_samples - stretches[-1].samples)
+        end = stretches[-1].step + math.ceil(left / batch)
         warmup_epochs = config.epochs / 50 if optim.warmup_epochs is None else optim.warmup_epochs
         return cls(
+            stretches=stretches,
+            total_samples=total_samples,
             total_steps=total,
-            last_step=min(total, config.max_steps or total),
-            warmup_steps=min(total, round(warmup_epochs * images / config.global_batch)),
-            peak_lr=optim.base_lr * config.global_batch / 256,
+            last_step=min(end, config.max_steps or end),
+            max_steps=config.max_steps,
+            warmup_steps=min(total, round(warmup_epochs * images / batch)),
+            peak_lr=optim.base_lr * batch / 256,
             warmup_start=optim.warmup_start,
             final_lr=optim.final_lr,
             schedule=optim.schedule,
@@ -54,17 +81,31 @@ class Plan:
             weight_decay_end=optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end,
         )
 
+    def samples(self, step: int) -> int:
+        """Images seen after `step` optimizer steps."""
+        now = [stretch for stretch in self.stretches if stretch.step <= step][-1]
+        return now.samples + (step - now.step) * now.global_batch
+
+    def is_over(self, step: int, samples: int) -> bool:
+        """Whether a run that ended there has nothing left to do."""
+        return samples >= self.total_samples or (self.max_steps is not None and step >= self.max_steps)
+
     def lr(self, step: int) -> float:
         """Learning rate of `step` (0-based)."""
-        share = lr_share(step, self.total_steps, self.warmup_steps, self.warmup_start, self.final_lr, self.schedule)
+        when = self._position(step)
+        share = lr_share(when, self.total_steps, self.warmup_steps, self.warmup_start, self.final_lr, self.schedule)
         return self.peak_lr * share
 
     def decay(self, step: int) -> float:
         """Weight decay of `step` (0-based) for parameters that decay."""
-        return weight_decay(step, self.total_steps, self.weight_decay, self.weight_decay_end)
+        return weight_decay(self._position(step), self.total_steps, self.weight_decay, self.weight_decay_end)
+
+    def _position(self, step: int) -> float:
+        """Steps of the present global batch that the images seen before `step` would have made."""
+        return self.samples(step) / self.stretches[-1].global_batch
 
 
-def lr_share(step: int, total_steps: int, warmup_steps: int, start: float, final: float, kind: str) -> float:
+def lr_share(step: float, total_steps: int, warmup_steps: int, start: float, final: float, kind: str) -> float:
     """Learning rate of `step` as a share of the peak.
 
     Warm-up is linear from `start`. Then, with t from 0 to 1 and FLAT_SHARE flat at the start: `lin0`, `lin`, `lin00`
@@ -91,7 +132,7 @@ def lr_share(step: int, total_steps: int, warmup_steps: int, start: float, final
     return final + (middle - final) * (1 - t) / (1 - knee)
 
 
-def weight_decay(step: int, total_steps: int, start: float, end: float) -> float:
+def weight_decay(step: float, total_steps: int, start: float, end: float) -> float:
     """Weight decay of `step`: a half cosine from `start` to `end` over the whole run."""
     t = step / max(1, total_steps - 1)
     return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * t))

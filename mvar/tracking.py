@@ -6,8 +6,9 @@ metrics.jsonl has one JSON object a line. All have `kind`, `step` (optimizer ste
                 step_s, wait_s (of it, waiting for data), memory_gib; bad_samples and loss_scale where they apply
     val         images, loss, loss_per_scale, accuracy, accuracy_per_scale
     sample      file (relative to the run folder)
-    checkpoint  seconds
-    resume      world, zero_stage: training went on from this step, or began (step 0)
+    checkpoint  seconds (from its beginning until it existed), stall_s (of it, training stood still)
+    not_saved   error: a checkpoint that failed, where the run goes on without it
+    resume      world, zero_stage, global_batch: training went on from this step, or began (step 0)
 
 Losses are nats per token, accuracies shares of tokens, both means over the global batch; null where not finite. Numbers
 are written in full, so equal lines mean bit-equal losses. Every step has one `train` record: a resumed run first cuts
@@ -262,10 +263,10 @@ class Tracker:
         is_main: bool,
         resumed_step: int,
         last_step: int,
-        global_batch: int,
+        samples_at: Callable[[int], int],
         settings: Mapping[str, Any],
     ) -> None:
-        self._global_batch = global_batch
+        self._samples_at = samples_at
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
         if not is_main:
@@ -279,7 +280,7 @@ class Tracker:
             self._sinks.append(Guarded("TensorBoard", make))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        record = {"kind": kind, "step": step, "samples": step * self._global_batch} | values
+        record = {"kind": kind, "step": step, "samples": self._samples_at(step)} | values
         record = {name: finite(value) for name, value in record.items()}
         for sink in self._sinks:
             sink.write(record)

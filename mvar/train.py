@@ -15,10 +15,11 @@ import importlib.metadata
 import math
 import os
 import platform
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,44 +27,56 @@ import torch
 
 import mvar
 from mvar import checkpoint, ds_config, launch
-from mvar.checkpoint import Identity
+from mvar.checkpoint import Identity, Progress
 from mvar.cli import run_command
 from mvar.config import ModelConfig, TrainConfig, describe, dump, load
 from mvar.data import Batch, TrainStream, eval_batches
 from mvar.ds_config import BatchSplit
 from mvar.engine import Averages, Engine, StepResult, build_model
-from mvar.errors import ConfigError, MvarError, TokenizerError
+from mvar.errors import ConfigError, MvarError, TokenizerError, TrainingError
+from mvar.history import History
 from mvar.images import grid, save_png, to_uint8
 from mvar.launch import World
-from mvar.lifecycle import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests
+from mvar.lifecycle import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
 from mvar.objective import Objective
 from mvar.sampler import generate
-from mvar.schedule import Plan
+from mvar.saver import Saved, Saver
+from mvar.schedule import Plan, Stretch
 from mvar.store import MANIFEST, CodeStore
 from mvar.tokenizer.files import load_tokenizer, sha256_of
 from mvar.tracking import Stopwatch, Tracker, memory_gib
 
 
-def train(config: TrainConfig, world: World, *, from_scratch: bool = False) -> int:
+def train(config: TrainConfig, world: World, *, from_scratch: bool = False, change_batch: bool = False) -> int:
     """Train until the end, or until asked to stop; returns the exit code. All ranks together."""
     run = RunFolder(config.run)
     with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.engine.watchdog_s))
         job = world.together(lambda: prepare(config, world.size))
-        world.together(lambda: stack.enter_context(run.locked()) if world.is_main else None)
+        ours = world.together(lambda: stack.enter_context(claim(run, config, world)))
         if from_scratch:
             world.together(lambda: run.set_aside() if world.is_main else None)
-        if world.share(world.together(lambda: run.finished_step() if world.is_main else -1)) >= job.plan.last_step:
+        finished = world.share(world.together(lambda: run.finished_at() if world.is_main else (-1, -1)))
+        if job.plan.is_over(*finished):
             if world.is_main:
                 print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
             return EXIT_FINISHED
-        found = choose_checkpoint(run, job, world)
+        history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
+        found = choose_checkpoint(run, job, world, change_batch=change_batch)
+        if found is not None:
+            job = world.together(lambda: going_on(job, checkpoint.Record.read(found).progress))
         engine = Engine(config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
         done = begin(engine, run, job, world, found)
+        history.going_on(done)
         tracker = stack.enter_context(open_tracker(run, job, world, done))
-        tracker.write("resume", done, world=world.size, zero_stage=engine.stage)
+        tracker.write("resume", done, world=world.size, zero_stage=engine.stage, global_batch=config.global_batch)
+        saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint)
         stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
-        stream = job.stream.rank_batches(done * config.global_batch, world.rank, world.size, job.split.micro_batch)
-        return Training(engine, run, job, tracker, world, stops, stack.enter_context(closing(stream))).loop(done)
+        stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
+        feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
+        world.raise_together(feed.error)
+        training = Training(engine, run, job, tracker, saver, history, world, stops, feed, watchdog, ours)
+        return training.loop(done)
 
 
 @dataclass(frozen=True)
@@ -74,48 +87,84 @@ class Training:
     run: RunFolder
     job: Job
     tracker: Tracker
+    saver: Saver
+    history: History
     world: World
     stops: StopRequests
-    stream: Iterator[Batch]
+    feed: Feed
+    watchdog: Watchdog
+    ours: Callable[[], bool]
+    """Whether the run folder is still this job's."""
 
     def loop(self, done: int) -> int:
         """From `done` steps to the last one: batch -> step -> track -> maybe validate, draw, save, stop."""
         tracking, last_step = self.job.config.tracking, self.job.plan.last_step
         while done < last_step:
+            self.watchdog.feed()
             watch = Stopwatch()
             with watch.waiting():
-                batches = [next(self.stream) for _ in range(self.job.split.accumulation)]
-            result = self.engine.step(done, batches, stop=self.stops.reason is not None)
+                batches = self.feed.take()
+            result = self.engine.step(done, batches, self.votes())
+            stop, lost, unreadable, written = result.votes
             done += 1
             ending = done == last_step
+            if lost:
+                self.world.raise_together(self.loss_of_folder())
             self.track(done, result, watch)
+            if written == self.world.size:
+                self.note(self.saver.settle())
+            validation_loss = None
             if ending or due(done, tracking.validate_every):
-                self.validate(done)
+                validation_loss = self.validate(done)
             if tracking.sample_every and (ending or due(done, tracking.sample_every)):
                 self.draw(done)
-            if ending or result.stop or due(done, self.job.config.checkpoint.every_steps):
-                self.save(done)
-            if result.stop and not ending:
+            if ending or stop or unreadable or due(done, self.job.config.checkpoint.every_steps):
+                self.save(done, validation_loss, last=bool(ending or stop or unreadable))
+            if unreadable and not ending:
+                self.world.raise_together(self.feed.error)
+            if stop and not ending:
                 return self.stop(done)
         if self.world.is_main:
-            self.run.finish(last_step)
+            self.run.finish(last_step, self.job.plan.samples(last_step))
             print(f"finished after {last_step} steps: {self.run.path}", flush=True)
+        self.history.end(EXIT_FINISHED, last_step, "finished")
         return EXIT_FINISHED
 
+    def votes(self) -> tuple[bool, ...]:
+        """What this rank has to tell the others, in the step's one sum."""
+        return self.stops.reason is not None, not self.ours(), self.feed.error is not None, self.saver.ended
+
+    def loss_of_folder(self) -> TrainingError | None:
+        if self.ours():
+            return None
+        return TrainingError(
+            f"run folder {self.run.path}: another process took it over, because this one gave no sign of life for"
+            f" {self.job.config.checkpoint.takeover_s:g} s (checkpoint.takeover_s). This one ends; nothing was changed."
+        )
+
     def stop(self, done: int) -> int:
+        reason = self.stops.reason or "another rank was asked to"
         if self.world.is_main:
-            reason = self.stops.reason or "another rank was asked to"
             print(f"stopped after step {done} ({reason}); run the same command to go on.", flush=True)
             self.run.stop_file.unlink(missing_ok=True)
+        self.history.end(EXIT_STOPPED, done, reason)
         return EXIT_STOPPED
 
-    def save(self, done: int) -> None:
-        since = time.perf_counter()
+    def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
+        self.watchdog.feed()
         self.tracker.sync()
-        self.engine.save(self.run.checkpoints, done, self.job.identity)
-        if self.world.is_main:
-            checkpoint.keep_newest(self.run.checkpoints, self.job.config.checkpoint.keep_last)
-        self.tracker.write("checkpoint", done, seconds=time.perf_counter() - since)
+        self.note(self.saver.save(self.engine.progress(done, validation_loss), last=last))
+
+    def note(self, attempts: list[Saved]) -> None:
+        """Record checkpoints that came to their end, and remove those that are not to be kept."""
+        keep, folder = self.job.config.checkpoint, self.run.checkpoints
+        for saved in attempts:
+            if saved.error is not None:
+                self.tracker.write("not_saved", saved.step, error=saved.error)
+                continue
+            if self.world.is_main:
+                checkpoint.retain(folder, last=keep.keep_last, every=keep.keep_every, best=keep.keep_best)
+            self.tracker.write("checkpoint", saved.step, seconds=saved.seconds, stall_s=saved.stall_s)
 
     def track(self, done: int, result: StepResult, watch: Stopwatch) -> None:
         step_s, averages = watch.seconds(), result.averages
@@ -135,17 +184,21 @@ class Training:
             **{name: value for name, value in optional.items() if value},
         )
 
-    def validate(self, done: int) -> None:
-        """Loss and accuracy on the store's validation split, if it has one, with no label dropped."""
+    def validate(self, done: int) -> float | None:
+        """Loss and accuracy on the store's validation split, with no label dropped; None if it has none."""
+        self.watchdog.feed()
         split, job = self.job.store.split("val"), self.job
-        if len(split):
-            limit = job.config.tracking.validate_images
-            batches = eval_batches(split, limit, job.split.micro_batch, self.world.rank, self.world.size)
-            found = self.engine.evaluate(batches)
-            self.tracker.write("val", done, images=found.images, **losses_of(found))
+        if not len(split):
+            return None
+        limit = job.config.tracking.validate_images
+        batches = eval_batches(split, limit, job.split.micro_batch, self.world.rank, self.world.size)
+        found = self.engine.evaluate(batches)
+        self.tracker.write("val", done, images=found.images, **losses_of(found))
+        return found.loss
 
     def draw(self, done: int) -> None:
         """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes."""
+        self.watchdog.feed()
         tracking, classes, world = self.job.config.tracking, self.job.model.num_classes, self.world
         assert classes is not None and self.job.config.data.tokenizer is not None
         rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
@@ -167,6 +220,31 @@ class Training:
                 decoded = [to_uint8(tokenizer.decode(codes.to(world.device))) for codes in torch.split(codes_NL, 16)]
             save_png(self.run.path / name, grid(np.concatenate(decoded), columns=tracking.sample_per_class))
         self.tracker.write("sample", done, file=name)
+
+
+class Feed:
+    """Hands out each step's micro-batches, one step ahead of their use.
+
+    So an error of reading (a damaged shard on one node) can be put to the vote of all ranks before any of them waits
+    for the others in the step that lacks its data.
+    """
+
+    def __init__(self, stream: Iterator[Batch], accumulation: int) -> None:
+        self._stream, self._accumulation = stream, accumulation
+        self.error: Exception | None = None
+        """Why the next step's batches are missing."""
+        self._ahead = self._read()
+
+    def take(self) -> list[Batch]:
+        batches, self._ahead = self._ahead, self._read()
+        return batches
+
+    def _read(self) -> list[Batch]:
+        try:
+            return [next(self._stream) for _ in range(self._accumulation)]
+        except Exception as error:
+            self.error = error
+            return []
 
 
 def due(step: int, every: int) -> bool:
@@ -240,25 +318,43 @@ def check_tokenizer(config: TrainConfig, store: CodeStore) -> None:
         )
 
 
-def choose_checkpoint(run: RunFolder, job: Job, world: World) -> Path | None:
+def claim(run: RunFolder, config: TrainConfig, world: World) -> AbstractContextManager[Callable[[], bool]]:
+    """Rank 0 claims the run folder for all ranks."""
+    return run.claimed(config.checkpoint.takeover_s) if world.is_main else nullcontext(lambda: True)
+
+
+def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> Path | None:
     """The newest good checkpoint, if it is of this very run; None where a run may begin. Raises CheckpointError."""
     found = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
     if found is None:
         world.together(lambda: run.require_no_history() if world.is_main else None)
     else:
-        world.together(lambda: checkpoint.require_same(found, job.identity))
+        world.together(lambda: checkpoint.require_same(found, job.identity, change_batch=change_batch))
     return found
+
+
+def going_on(job: Job, progress: Progress) -> Job:
+    """The job with the plan of a run that has come so far, perhaps with another global batch from here on."""
+    batch = job.config.global_batch
+    stretches = progress.stretches
+    if not stretches or stretches[-1].global_batch != batch:
+        stretches += (Stretch(progress.step, progress.samples, batch),)
+    return replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
 
 
 def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | None) -> int:
     """Take up a checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
-    if found is None:
+    if found is not None:
+        done, where = engine.restore(found), f"going on from {found.name}"
+    else:
         engine.initialise()
-    done = 0 if found is None else engine.restore(found)
+        done, where = 0, "beginning"
     if world.is_main:
+        run.finished.unlink(missing_ok=True)
         run.config.write_text(dump(job.config), encoding="utf-8")
-        where = "beginning" if found is None else f"going on from {found.name}"
         print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
+        if len(job.plan.stretches) > 1:
+            print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)
     return done
 
 
@@ -269,7 +365,7 @@ def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:
         is_main=world.is_main,
         resumed_step=done,
         last_step=job.plan.last_step,
-        global_batch=job.config.global_batch,
+        samples_at=job.plan.samples,
         settings=job.config.model_dump(mode="json"),
     )
 
@@ -317,6 +413,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file, such as recipes/d16.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
     parser.add_argument("--from-scratch", action="store_true", help="move what is in the run folder aside and begin")
+    parser.add_argument("--change-batch", action="store_true", help="go on with another global_batch than before")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes and steps, and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # From the deepspeed launcher.
     return parser.parse_intermixed_args(argv)
@@ -337,12 +434,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2  # The same on every rank; one message is enough.
     world = launch.start(os.environ, config.engine.threads)
     try:
-        code = train(config, world, from_scratch=args.from_scratch)
+        code = train(config, world, from_scratch=args.from_scratch, change_batch=args.change_batch)
     except launch.RemoteError as error:
         code = 2 if error.expected else 1
     except MvarError:
         launch.finish()
         raise
+    except Exception:
+        # At once and without goodbyes: the other ranks learn of it when this one is gone.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     launch.finish()
     return code
 

@@ -153,7 +153,7 @@ def test_tasks_that_claim_shards_share_the_job_and_make_the_same_store(nursery, 
 def test_the_shard_of_a_dead_task_is_taken_over_by_one_that_is_at_work(nursery, inputs, pristine, tmp_path):
     store = tmp_path / "codes"
     code = (
-        "import sys; from pathlib import Path; from data_prep.claims import Claims\n"
+        "import sys; from pathlib import Path; from mvar.claims import Claims\n"
         "Path(sys.argv[1]).mkdir(); print(Claims(Path(sys.argv[1])).take('train-000001.tar'), flush=True)\n"
         "sys.stdin.read()"
     )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mvar import train
+from mvar.checkpoint import save
 from mvar.cli import main as cli
 from mvar.config import TrainConfig
 from mvar.data import Batch, eval_batches
@@ -126,7 +127,7 @@ def run_variants(world: World, trees: dict[str, Any]) -> dict[str, Any]:
         engine, job = build(world, tree)
         engine.initialise()
         head = run_steps(engine, job, world, 0, 5)
-        folder = engine.save(Path(tree["run"]), 5, job.identity)
+        folder = save(Path(tree["run"]), engine.partition, world, engine.progress(5), job.identity)
         tail = run_steps(engine, job, world, 5, 10)
         split = job.store.split("val")
         validation = engine.evaluate(eval_batches(split, 10, 2, world.rank, world.size))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mvar import checkpoint, train
-from mvar.checkpoint import Reader
+from mvar.checkpoint import Reader, save
 from mvar.config import TrainConfig
 from mvar.engine import Engine, parameter_groups
 from mvar.launch import World
@@ -58,14 +58,20 @@ def train_stages(world: World, trees: dict[str, dict[str, Any]], folder: str) ->
         engine, job = build(world, tree)
         engine.initialise()
         head = run_steps(engine, job, world, 0, SAVED_AT)
-        engine.save(Path(folder) / f"stage{stage}", SAVED_AT, job.identity)
+        save(Path(folder) / f"stage{stage}", engine.partition, world, engine.progress(SAVED_AT), job.identity)
         results[stage] = {"whole": head + run_steps(engine, job, world, SAVED_AT, STEPS)}
     for stage, tree in trees.items():
         for label, source in (("same", stage), ("other", OTHER[stage])):
             engine, job = build(world, tree)
             saved = checkpoint.folder_of(Path(folder) / f"stage{source}", SAVED_AT)
             assert engine.restore(saved) == SAVED_AT
-            engine.save(Path(folder) / f"stage{stage}-from-{label}", SAVED_AT, job.identity)
+            save(
+                Path(folder) / f"stage{stage}-from-{label}",
+                engine.partition,
+                world,
+                engine.progress(SAVED_AT),
+                job.identity,
+            )
             results[stage][label] = run_steps(engine, job, world, SAVED_AT, STEPS)
     return results
 

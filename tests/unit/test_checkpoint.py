@@ -22,7 +22,7 @@ from mvar.checkpoint import (
     choose,
     differences,
     folder_of,
-    keep_newest,
+    retain,
     save,
     steps_in,
     verify,
@@ -41,6 +41,8 @@ class HandMade:
     """A partition without DeepSpeed: the part of `rank` of `ranks`, each parameter cut into equal runs."""
 
     stage = 2
+    kinds = KINDS
+    bytes_of_all = bytes_owned = 4 * len(KINDS) * 21
 
     def __init__(self, values: dict[str, dict[str, Tensor]], rank: int = 0, ranks: int = 1) -> None:
         self.shapes = SHAPES
@@ -97,11 +99,11 @@ def test_pieces_of_many_ranks_are_read_across_their_borders(tmp_path: Path) -> N
         layout = [(checkpoint._key(piece.name, kind), (piece.count,)) for piece, kind in partition.layout()]
         name = f"rank-{rank:05d}.safetensors"
         record = checkpoint.write_tensors(tmp_path / name, layout, (v for *_, v in partition.blocks()), {})
-        parts.append((name, record, partition.owned))
+        parts.append(checkpoint.Part(name, record, partition.owned))
     one: Any = HandMade(values(7))
     template = Record.read(save(tmp_path / "one", one, ALONE, Progress(1), identity()))
     many = template.model_copy(
-        update={"pieces": checkpoint._merge(parts), "files": {file: record for file, record, _ in parts}}
+        update={"pieces": checkpoint._merge(parts), "files": {part.file: part.record for part in parts}}
     )
     (tmp_path / "checkpoint.json").write_text(many.text())
     verify(tmp_path)
@@ -162,7 +164,7 @@ def test_trusting_sizes_skips_reading_but_not_sizes(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
     path = saved(tmp_path, 1) / "checkpoint.json"
-    tree = json.loads(path.read_text()) | {"format_version": 2}
+    tree = json.loads(path.read_text()) | {"format_version": checkpoint.FORMAT_VERSION + 1}
     path.write_text(json.dumps(tree))
     with pytest.raises(CheckpointError, match="Update it"):
         verify(path.parent)
@@ -198,11 +200,11 @@ def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept_and_never_only_damaged_ones(tmp_path: Path) -> None:
     for step in range(1, 6):
         saved(tmp_path, step)
-    keep_newest(tmp_path, 3)
+    retain(tmp_path, last=3)
     assert steps_in(tmp_path) == [3, 4, 5]
     for step in (4, 5):
         (folder_of(tmp_path, step) / "checkpoint.json").unlink()
-    keep_newest(tmp_path, 2)
+    retain(tmp_path, last=2)
     assert steps_in(tmp_path) == [3, 4, 5]
     assert not list(tmp_path.glob(".trash-*"))
 

@@ -40,28 +40,28 @@ def test_the_end_of_a_slurm_job_comes_early_enough_to_save(tmp_path: Path) -> No
 
 def test_finished_says_at_which_step(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    assert run.finished_step() == -1
-    run.finish(12)
-    assert run.finished_step() == 12
+    assert run.finished_at() == (-1, -1)
+    run.finish(12, 96)
+    assert run.finished_at() == (12, 96)
     run.finished.write_text("torn")
     with pytest.raises(TrainingError, match="FINISHED"):
-        run.finished_step()
+        run.finished_at()
 
 
-def test_a_locked_folder_names_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "LOCK_PATIENCE_S", 0.1)
+def test_a_claimed_folder_names_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "CLAIM_PATIENCE_S", 0.1)
     first, second = RunFolder(tmp_path / "new" / "run"), RunFolder(tmp_path / "new" / "run")
-    with first.locked(), pytest.raises(TrainingError, match=f"process {os.getpid()} on"), second.locked():
+    with first.claimed(90), pytest.raises(TrainingError, match=f"process {os.getpid()} on"), second.claimed(90):
         pass
-    with second.locked():
+    with second.claimed(90):
         pass
 
 
-def test_locking_tidies_up_after_killed_processes(tmp_path: Path) -> None:
+def test_claiming_tidies_up_after_killed_processes(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for name in (".tmp-step-000000005", ".trash-step-000000003", "step-000000004"):
         (run.checkpoints / name).mkdir(parents=True)
-    with run.locked():
+    with run.claimed(90):
         assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000004"]
 
 

@@ -33,7 +33,7 @@ def tracker(folder: Path, resumed_step: int = 0, *, is_main: bool = True, **chan
         is_main=is_main,
         resumed_step=resumed_step,
         last_step=10,
-        global_batch=4,
+        samples_at=lambda step: 4 * step,
         settings={"seed": 1},
     )
 

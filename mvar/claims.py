@@ -1,8 +1,9 @@
-"""Claims on shards: tasks that share a folder take the next free one, and take over those of the dead.
+"""Claims: of all processes that share a folder, on however many hosts, one holds a name; those of the dead go over.
 
-A claim is a file that only one task can make, and that its holder touches again and again. A holder that is dead (on
-this host: its lock is gone) or silent for long loses it. Should two tasks hold one shard after all, both write the same
-bytes under names of their own, and the last rename wins: claims save work, nothing depends on them.
+A claim is a file that only one process can make, and that its holder touches again and again. A holder that is dead (on
+this host: its lock is gone) or silent for long loses it. Tasks of a tokenization claim shards: should two hold one
+after all, both write the same bytes and the last rename wins. A training claims its run folder, and ends when it finds
+that its claim is gone (it slept for long, and another process took over).
 
 Ages are differences of times that the file system gave, so the hosts' clocks do not matter.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +28,7 @@ SUFFIX = ".claim"
 
 
 class Claims:
-    """This task's claims in a folder; a context that keeps them alive and gives them back at its end."""
+    """This process's claims in a folder; a context that keeps them alive and gives them back at its end."""
 
     def __init__(self, folder: Path, *, heartbeat_s: float = HEARTBEAT_S, stale_after_s: float = STALE_AFTER_S) -> None:
         self._folder = folder
@@ -50,18 +52,18 @@ class Claims:
             self.release(name)
 
     def take(self, name: str) -> bool:
-        """Claim a shard; False where somebody else has it. Raises StoreError: no hard links in this folder."""
+        """Claim a name; False where somebody else has it. Raises StoreError: no hard links in this folder."""
         path = self._path(name)
         try:
             file, temporary = create_temporary(path)
-            file.write(host_name().encode())
+            file.write(f"{host_name()}\nprocess {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()
             taken = self._link(temporary, path, os.fstat(file.fileno()).st_mtime)
             temporary.unlink()
         except OSError as error:
             raise StoreError(
-                f"{path}: cannot be made ({error.strerror}). --claim needs a file system with hard links; "
-                "without: --task I --tasks N."
+                f"{path}: cannot be made ({error.strerror}). Claims need a writable file system with hard links; "
+                "to tokenize without them: --task I --tasks N."
             ) from None
         if not taken:
             file.close()
@@ -69,6 +71,21 @@ class Claims:
         with self._mutex:
             self._held[name] = file
         return True
+
+    def holds(self, name: str) -> bool:
+        """Whether a claim that was taken is still this process's."""
+        with self._mutex:
+            file = self._held[name]
+        try:
+            return self._path(name).stat().st_ino == os.fstat(file.fileno()).st_ino
+        except FileNotFoundError:
+            return False
+
+    def holder(self, name: str) -> tuple[str, float]:
+        """Who has it, in words, and when it last gave a sign of life (the file system's clock). Raises OSError."""
+        path = self._path(name)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines[-1] if lines else "another process", path.stat().st_mtime
 
     def release(self, name: str) -> None:
         """Give a claim back, unless somebody took it over."""
@@ -97,7 +114,8 @@ class Claims:
     def _is_abandoned(self, path: Path, now_s: float) -> bool:
         if now_s - path.stat().st_mtime > self._stale_after_s:
             return True
-        return path.read_bytes().decode(errors="replace") == host_name() and is_unlocked(path)
+        here = path.read_text(encoding="utf-8", errors="replace").splitlines()[:1] == [host_name()]
+        return here and is_unlocked(path)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._heartbeat_s):
