@@ -57,20 +57,28 @@ class FileRecord:
     sha256: str
 
 
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""What tensors may be written in -> its name in a safetensors file."""
+
+
 def write_tensors(
-    path: Path, layout: list[tuple[str, tuple[int, ...]]], values: Iterable[Tensor], metadata: Mapping[str, str]
+    path: Path,
+    layout: list[tuple[str, tuple[int, ...]]],
+    values: Iterable[Tensor],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
 ) -> FileRecord:
-    """Write float32 tensors as safetensors, one at a time, synced to disk. `values` come in the order of `layout`."""
+    """Write tensors as safetensors, one at a time, synced to disk. `values` come in the order of `layout`."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key, shape in layout:
-        begin, end = end, end + 4 * torch.Size(shape).numel()
-        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[key] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for chunk in _chunks([struct.pack("<Q", len(text)), text], values):
+        for chunk in _chunks([struct.pack("<Q", len(text)), text], values, dtype):
             file.write(chunk)
             digest.update(chunk)
             written += len(chunk)
@@ -80,11 +88,11 @@ def write_tensors(
     return FileRecord(written, digest.hexdigest())
 
 
-def _chunks(head: list[bytes], values: Iterable[Tensor]) -> Iterator[memoryview]:
+def _chunks(head: list[bytes], values: Iterable[Tensor], dtype: torch.dtype) -> Iterator[memoryview]:
     yield from (memoryview(part) for part in head)
     for value in values:
-        array: Any = value.detach().to("cpu", torch.float32).contiguous().view(-1).numpy()
-        whole = memoryview(array).cast("B") if len(array) else memoryview(b"")
+        array: Any = value.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        whole = memoryview(array)
         for start in range(0, len(whole), _BLOCK_BYTES):
             yield whole[start : start + _BLOCK_BYTES]
 
