@@ -3,7 +3,8 @@
 The losses of a run are in metrics.jsonl, which a resumed run cuts back to where it goes on; nothing is ever cut here.
 One JSON object a line, all with `event` and `time` (Unix seconds):
 
-    start      pid, host, world, and of Slurm: job, restarts, nodes, allocated (when the job began)
+    start      pid, host, world, and of Slurm: job, restarts, nodes, allocated (when the job began);
+               last_sign (when the process before last wrote a measurement: the end of a killed one)
     going_on   step: the checkpoint was taken up (0: the run began)
     end        code, step, reason: the process ended by itself
 
@@ -43,6 +44,8 @@ class Start:
     nodes: str | None
     allocated: float | None
     """When the job got its nodes, Unix seconds."""
+    last_sign: float | None = None
+    """When metrics.jsonl had last been written to, Unix seconds: a killed start before this one lived until then."""
     begin_step: int | None = None
     """Steps done when training went on; None if it never got so far."""
     end_time: float | None = None
@@ -82,7 +85,14 @@ class History:
             restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
             nodes=environ.get("SLURM_JOB_NODELIST"),
             allocated=float(began) if began.isdigit() else None,
+            last_sign=self._last_measurement(),
         )
+
+    def _last_measurement(self) -> float | None:
+        try:
+            return self.path.with_name("metrics.jsonl").stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def going_on(self, step: int) -> None:
         self._write("going_on", step=step)

@@ -8,7 +8,7 @@ metrics.jsonl has one JSON object a line. All have `kind`, `step` (optimizer ste
     sample      file (relative to the run folder)
     checkpoint  seconds (from its beginning until it existed), stall_s (of it, training stood still)
     not_saved   error: a checkpoint that failed, where the run goes on without it
-    resume      world, zero_stage, global_batch: training went on from this step, or began (step 0)
+    resume      world, zero_stage, global_batch, last_step: training went on from this step, or began (step 0)
 
 Losses are nats per token, accuracies shares of tokens, both means over the global batch; null where not finite. Numbers
 are written in full, so equal lines mean bit-equal losses. Every step has one `train` record: a resumed run first cuts

@@ -69,7 +69,8 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         done = begin(engine, run, job, world, found)
         history.going_on(done)
         tracker = stack.enter_context(open_tracker(run, job, world, done))
-        tracker.write("resume", done, world=world.size, zero_stage=engine.stage, global_batch=config.global_batch)
+        shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": config.global_batch}
+        tracker.write("resume", done, **shape, last_step=job.plan.last_step)
         saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint)
         stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
         stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
