@@ -42,6 +42,7 @@ from mvar.schedule import Stretch
 
 FORMAT_VERSION = 2
 RECORD = "checkpoint.json"
+CONFIG = "config.yaml"
 _NAME = re.compile(r"step-(\d{9,})")
 _BLOCK_BYTES = 1 << 24
 
@@ -290,6 +291,8 @@ class Draft:
         return self.final
 
     def _publish(self, parts: list[Part]) -> None:
+        files = {part.file: part.record for part in parts}
+        files[CONFIG] = _write_synced(self._temporary / CONFIG, configs.dump(self._identity.config))
         record = Record(
             format_version=FORMAT_VERSION,
             progress=self._progress,
@@ -301,10 +304,9 @@ class Draft:
             kinds=self._partition.kinds,
             shapes=self._partition.shapes,
             pieces=_merge(parts),
-            files={part.file: part.record for part in parts},
+            files=files,
             versions=self._identity.versions,
         )
-        _write_synced(self._temporary / "config.yaml", configs.dump(self._identity.config))
         _write_synced(self._temporary / RECORD, record.text())
         sync_folder(self._temporary)
         if self.final.exists():  # Saved before, damaged since, and therefore passed over when this run started.
@@ -355,11 +357,13 @@ def _merge(parts: list[Part]) -> dict[str, list[tuple[str, int, int]]]:
     return {name: sorted(spans, key=lambda span: span[1]) for name, spans in merged.items()}
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def _write_synced(path: Path, text: str) -> FileRecord:
+    data = text.encode()
+    with path.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _discard(folder: Path) -> None:
