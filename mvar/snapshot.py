@@ -4,7 +4,7 @@
 
 The first call makes it, later calls only check it, so every job of a chain gives the same command:
 
-    code/           packages mvar and data_prep, ds_configs/, recipes/
+    code/           packages mvar and data_prep, ds_configs/, recipes/, slurm/
     config.yaml     the resolved configuration, with absolute paths and engine.ds_config=RUN/snapshot/ds_config.json
     ds_config.json  the DeepSpeed template
     snapshot.json   when, from which folder and git commit, versions of packages, SHA-256 of every file
@@ -45,7 +45,7 @@ from mvar.remote import is_url
 
 SOURCE = Path(__file__).resolve().parent.parent
 """The checkout (or the folder of installed packages) that this very code is read from."""
-PACKAGES = ("mvar", "data_prep", "ds_configs", "recipes")
+PACKAGES = ("mvar", "data_prep", "ds_configs", "recipes", "slurm")
 NAME, CODE, CONFIG, RECORD = "snapshot", "code", "config.yaml", "snapshot.json"
 TEMPLATE = "ds_config.json"
 _DISTRIBUTIONS = ("torch", "deepspeed", "numpy", "pydantic", "safetensors")

@@ -1,0 +1,68 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts, which set MVAR_HOME: the checkout. Gives them JOB (the job as Slurm's commands take it),
+# MVAR_PYTHON, the times that Slurm forgets to tell, and the functions below. A site's own settings come from MVAR_SITE,
+# by default slurm/site.env of the checkout.
+
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+
+say() { echo "$(date '+%F %T') $SLURM_JOB_NAME $JOB: $*"; }
+fail() {
+  say "error: $*" >&2
+  exit 2
+}
+
+MVAR_CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+site=${MVAR_SITE:-$MVAR_HOME/slurm/site.env}
+# shellcheck source=slurm/site.env.example
+if [ -f "$site" ]; then . "$site"; fi
+if [ -z "${MVAR_PYTHON:-}" ]; then
+  MVAR_PYTHON=$MVAR_HOME/.venv/bin/python
+  [ -x "$MVAR_PYTHON" ] || MVAR_PYTHON=$(command -v python3) || fail "no Python found: set MVAR_PYTHON in site.env."
+fi
+export MVAR_HOME MVAR_PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=$MVAR_CODE${PYTHONPATH:+:$PYTHONPATH}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$MVAR_HOME/.cache/torch_extensions}
+
+# Since 22.05, srun does not take over the batch job's --cpus-per-task by itself.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
+# Newer versions tell a job when it began and has to end; older ones have to be asked.
+if [ -z "${SLURM_JOB_END_TIME:-}" ] && times=$(timeout 30 squeue -h -j "$JOB" -o '%S %e') && [ -n "$times" ]; then
+  if began=$(date -d "${times% *}" +%s 2>/dev/null); then export SLURM_JOB_START_TIME=$began; fi
+  if ends=$(date -d "${times#* }" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$ends; fi
+fi
+
+# launch [SRUN OPTIONS] -- COMMAND...: the job's tasks, in the site's container if it has one. If one fails, all end.
+# USR1 is ignored until the command listens for it, so that asking a task to stop early does not kill it.
+launch() {
+  local options=()
+  while [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  # shellcheck disable=SC2016,SC2086
+  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c 'trap "" USR1; exec "$@"' mvar "$@"
+}
+
+# tasks_of_array ARGUMENTS...: sets `share` to the --task and --tasks of this task of an array. With --tasks N among the
+# arguments, that is how many there are: a part of an array that is submitted again keeps its old numbers.
+tasks_of_array() {
+  local word
+  share=(--task "${SLURM_ARRAY_TASK_ID:-0}")
+  for word in "$@"; do
+    case $word in --tasks | --tasks=*) return ;; esac
+  done
+  if [ "${SLURM_ARRAY_TASK_MIN:-0}" != 0 ] || [ "${SLURM_ARRAY_TASK_MAX:-0}" != $((${SLURM_ARRAY_TASK_COUNT:-1} - 1)) ]; then
+    fail "this array does not begin at 0 or has gaps. Submit --array=0-N, or say how many tasks there are: --tasks N."
+  fi
+  # shellcheck disable=SC2034
+  share+=(--tasks "${SLURM_ARRAY_TASK_COUNT:-1}")
+}
+
+# need_finished: ends the job unless the training it comes after (MVAR_RUN, if set) has reached its end.
+need_finished() {
+  if [ -n "${MVAR_RUN:-}" ] && ! [ -e "$MVAR_RUN/FINISHED" ]; then
+    fail "training $MVAR_RUN is not finished (see $MVAR_RUN/logs/train.log). Submit it again, then this job."
+  fi
+}
