@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": ("mvar.sample", "draw images from a trained model"),
     "evaluate": ("mvar.evaluate", "compare samples with real images"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
+    "status": ("mvar.status", "how a training run is doing, on one screen"),
     "report": ("mvar.report", "draw the curves of a run"),
     "demo": ("mvar.demo", "the whole job on a few thousand real images"),
 }
