@@ -65,7 +65,9 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         found = choose_checkpoint(run, job, world, change_batch=change_batch)
         if found is not None:
             job = world.together(lambda: going_on(job, checkpoint.Record.read(found).progress))
+        watchdog.feed()
         engine = Engine(config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
+        watchdog.feed()
         done = begin(engine, run, job, world, found)
         history.going_on(done)
         tracker = stack.enter_context(open_tracker(run, job, world, done))

@@ -1,0 +1,349 @@
+"""What goes wrong around a training: a hung or raising rank, unreadable data, a full disk, a folder that somebody took.
+
+Each case runs real processes. `entry` functions below run in them, spoil one thing on one rank, and call `mvar train`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvar.checkpoint import Record, folder_of, steps_in, verify
+from mvar.history import History
+from tests.code_stores import make_store
+from tests.distributed import Ranks, command
+from tests.tiny_runs import losses, records, write_config
+
+STEPS = 25
+CANNOT_MOUNT = 77
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("faults") / "store")
+
+
+@pytest.fixture(scope="module")
+def calm(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of the run that nothing happens to, on two ranks."""
+    folder = tmp_path_factory.mktemp("calm")
+    job = start("none", folder, write_config(folder, store, "calm"), 2)
+    assert job.wait() == [0, 0], job.output()
+    return losses(folder / "calm")
+
+
+def start(entry: str, folder: Path, config: Path, ranks: int, *arguments: str) -> Ranks:
+    where = f"tests.integration.test_train_faults:{entry}"
+    return Ranks(where, [["--config", str(config), *arguments]], ranks, folder / "logs")
+
+
+def none(argv: list[str]) -> int:
+    return command("mvar.train", argv)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+# ---- ranks that hang or raise
+
+
+def hanging(argv: list[str]) -> int:
+    """Rank 1 never ends its fifth step."""
+    on_step(4, lambda: threading.Event().wait())
+    return command("mvar.train", argv)
+
+
+def raising(argv: list[str]) -> int:
+    """Rank 1 fails in its fifth step, as a bug would."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("a bug on one rank")
+
+    on_step(4, fail)
+    return command("mvar.train", argv)
+
+
+def on_step(number: int, action: Callable[[], object]) -> None:
+    from mvar.engine import Engine
+
+    original: Any = Engine._update
+
+    def update(self: Engine) -> Any:
+        if rank() == 1 and self.partition.adam_steps == number:
+            action()
+        return original(self)
+
+    Engine._update = update  # type: ignore[method-assign]
+
+
+def test_a_hung_rank_ends_the_job_with_the_stacks_of_all_ranks(tmp_path: Path, store: Path, calm: list[float]) -> None:
+    config = write_config(tmp_path, store, "run", engine__watchdog_s=15)
+    job = start("hanging", tmp_path, config, 2)
+    assert job.wait() == [1, 1], job.output()
+    for log, where in zip(job.logs, ("train.py", "in hanging"), strict=True):
+        text = log.read_text()
+        assert "Timeout (0:00:15)!" in text and where in text
+    finish(tmp_path, config, calm)
+    assert [start.code for start in History(tmp_path / "run").starts()] == [None, 0]
+
+
+def test_an_exception_on_one_rank_ends_all(tmp_path: Path, store: Path, calm: list[float]) -> None:
+    config = write_config(tmp_path, store, "run")
+    job = start("raising", tmp_path, config, 2)
+    assert job.wait() == [1, 1], job.output()
+    assert "a bug on one rank" in job.logs[1].read_text()
+    finish(tmp_path, config, calm)
+
+
+def finish(folder: Path, config: Path, calm: list[float], *arguments: str) -> None:
+    job = start("none", folder, config, 2, *arguments)
+    assert job.wait() == [0, 0], job.output()
+    assert losses(folder / "run") == calm
+
+
+# ---- data
+
+
+def unreadable(argv: list[str]) -> int:
+    """Rank 1 cannot read what it needs for the tenth step."""
+    from mvar import data
+    from mvar.errors import StoreError
+
+    original: Any = data.TrainStream.batch
+
+    def batch(self: data.TrainStream, samples_seen: int, start: int, count: int) -> Any:
+        if rank() == 1 and samples_seen >= 9 * self.global_batch:
+            raise StoreError("shard train-000000.tar: damaged")
+        return original(self, samples_seen, start, count)
+
+    data.TrainStream.batch = batch  # type: ignore[method-assign]
+    return command("mvar.train", argv)
+
+
+def test_unreadable_data_on_one_rank_saves_and_ends_all_with_its_message(
+    tmp_path: Path, store: Path, calm: list[float]
+) -> None:
+    config = write_config(tmp_path, store, "run")
+    job = start("unreadable", tmp_path, config, 2)
+    assert job.wait() == [2, 2], job.output()
+    assert "shard train-000000.tar: damaged" in job.logs[1].read_text()
+    assert steps_in(tmp_path / "run" / "checkpoints") == [7, 9]
+    assert History(tmp_path / "run").starts()[0].code == 2
+    finish(tmp_path, config, calm)
+
+
+# ---- full disks
+
+
+def full_disk_on_one_rank(argv: list[str]) -> int:
+    """Rank 1's disk is full when the second checkpoint is written."""
+    from mvar import checkpoint
+
+    original: Any = checkpoint._chunks
+    calls = [0]
+
+    def chunks(*arguments: Any) -> Any:
+        calls[0] += 1
+        for number, chunk in enumerate(original(*arguments)):
+            if rank() == 1 and calls[0] == 2 and number == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield chunk
+
+    checkpoint._chunks = chunks
+    return command("mvar.train", argv)
+
+
+@pytest.mark.parametrize("background", ["auto", "off"])
+@pytest.mark.parametrize("policy", ["go_on", "stop"])
+def test_a_save_that_fails_on_one_rank_ends_the_run_only_if_asked_to(
+    tmp_path: Path, store: Path, calm: list[float], policy: str, background: str
+) -> None:
+    settings = {"checkpoint__on_failure": policy, "checkpoint__background": background}
+    config, run = write_config(tmp_path, store, "run", **settings), tmp_path / "run"
+    job = start("full_disk_on_one_rank", tmp_path, config, 2)
+    codes = job.wait()
+    assert "No space left on device" in job.output()
+    if policy == "stop":
+        assert codes == [2, 2], job.output()
+        assert steps_in(run / "checkpoints") == [7]
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000007"]
+        finish(tmp_path, config, calm)
+    else:
+        assert codes == [0, 0], job.output()
+        assert [record["step"] for record in records(run, "not_saved")] == [14]
+        assert losses(run) == calm
+    steps = steps_in(run / "checkpoints")
+    assert steps == ([14, 21, 25] if policy == "stop" else [7, 21, 25])
+    assert len(list((run / "checkpoints").iterdir())) == len(steps)
+
+
+def on_a_small_disk(argv: list[str]) -> int:
+    """The run folder is a tmpfs with room for two checkpoints; it is filled up for some time in the middle."""
+    from mvar import checkpoint
+    from mvar.engine import Engine
+
+    run = Path(next(word for word in argv if word.startswith("run=")).removeprefix("run="))
+    if ctypes.CDLL(None, use_errno=True).unshare(0x20000):  # CLONE_NEWNS
+        return CANNOT_MOUNT
+    run.mkdir()
+    quiet: dict[str, Any] = {"check": False, "capture_output": True}
+    subprocess.run(["mount", "--make-rprivate", "/"], **quiet)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(run)], **quiet).returncode:
+        return CANNOT_MOUNT
+    ballast, original, usage = run / "ballast", Engine._update, shutil.disk_usage
+
+    def update(self: Engine) -> Any:
+        if self.partition.adam_steps == 12:
+            ballast.write_bytes(b"x" * (usage(run).free - 300_000))
+        elif self.partition.adam_steps == 16:
+            ballast.unlink()
+        return original(self)
+
+    Engine._update = update  # type: ignore[method-assign]
+    # The free space looks sufficient, and is gone when it is needed.
+    checkpoint.shutil.disk_usage = lambda path: usage(path)._replace(free=2**40)  # type: ignore[assignment]
+    code = command("mvar.train", argv)
+    shutil.copytree(run, run.with_name("kept"))
+    return code
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path: Path, store: Path) -> None:
+    settings = {"checkpoint__on_failure": "go_on", "checkpoint__keep_last": 1}
+    config = write_config(tmp_path, store, "run", **settings)
+    job = start("on_a_small_disk", tmp_path, config, 1, f"run={tmp_path / 'small'}")
+    code = job.wait()[0]
+    if code == CANNOT_MOUNT:
+        pytest.skip("a tmpfs cannot be mounted here (no CAP_SYS_ADMIN)")
+    assert code == 0, job.output()
+    kept = tmp_path / "kept"
+    assert "step 14 was not saved" in job.output() and "No space left on device" in job.output()
+    assert [record["step"] for record in records(kept, "not_saved")] == [14]
+    assert [record["step"] for record in records(kept, "checkpoint")] == [7, 21, 25]
+    assert len(losses(kept)) == STEPS
+    assert [path.name for path in (kept / "checkpoints").iterdir()] == ["step-000000025"]
+    verify(folder_of(kept / "checkpoints", 25))
+
+
+# ---- whose folder it is
+
+
+def when(job: Ranks, run: Path, step: int) -> None:
+    metrics = run / "metrics.jsonl"
+    while job.alive() and not (metrics.exists() and f'"kind": "train", "step": {step},' in metrics.read_text()):
+        time.sleep(0.005)
+    assert job.alive(), job.output()
+
+
+def test_a_run_that_was_taken_over_ends_and_touches_nothing(tmp_path: Path, store: Path) -> None:
+    """As a process that slept for long, or was cut off, finds it when it comes back."""
+    config, run = write_config(tmp_path, store, "run", epochs=1000), tmp_path / "run"
+    job = start("none", tmp_path, config, 2)
+    when(job, run, 9)
+    other = run / "other"
+    other.write_text("another-host\nprocess 7 on another-host")
+    os.replace(other, run / ".run.claim")
+    assert job.wait() == [2, 2], job.output()
+    assert "another process took it over" in job.logs[0].read_text()
+    assert (run / ".run.claim").read_text().startswith("another-host")
+    assert not (run / "FINISHED").exists()
+
+
+def test_a_silent_holder_on_another_host_is_replaced_and_a_living_one_is_not(tmp_path: Path, store: Path) -> None:
+    config, run = write_config(tmp_path, store, "run", checkpoint__takeover_s=3), tmp_path / "run"
+    run.mkdir()
+    claim = run / ".run.claim"
+    claim.write_text("another-host\nprocess 7 on another-host")
+    job = start("none", tmp_path, config, 1)
+    while job.alive():
+        os.utime(claim)  # A heartbeat.
+        time.sleep(0.3)
+    assert job.wait() == [2]
+    assert "process 7 on another-host is training in it" in job.output()
+    job = start("none", tmp_path, config, 1)
+    assert job.wait() == [0], job.output()
+    assert len(losses(run)) == STEPS
+
+
+# ---- reasons to stop
+
+
+@pytest.mark.parametrize("reason", ["SIGTERM", "SIGUSR1", "deadline", "STOP"])
+def test_one_rank_that_is_asked_to_stop_makes_all_save_the_same_step(
+    tmp_path: Path, store: Path, calm: list[float], reason: str
+) -> None:
+    config, run = write_config(tmp_path, store, "run"), tmp_path / "run"
+    job = start("deadline_on_one_rank" if reason == "deadline" else "slow_steps", tmp_path, config, 2)
+    if reason != "deadline":
+        when(job, run, 9)
+        if reason == "STOP":
+            (run / "STOP").touch()
+        else:
+            job.send(signal.Signals[reason], rank=1)
+    assert job.wait() == [75, 75], job.output()
+    done = len(losses(run))
+    assert 9 <= done < STEPS
+    assert steps_in(run / "checkpoints")[-1] == done
+    ending = History(run).starts()[-1]
+    assert (ending.code, ending.end_step) == (75, done) and ending.reason
+    assert Record.read(folder_of(run / "checkpoints", done)).progress.step == done
+    finish(tmp_path, config, calm)
+
+
+def slow_steps(argv: list[str]) -> int:
+    """Slow enough for a test to act between two steps."""
+    from mvar.engine import Engine
+
+    original: Any = Engine._update
+
+    def update(self: Engine) -> Any:
+        time.sleep(0.05)
+        return original(self)
+
+    Engine._update = update  # type: ignore[method-assign]
+    return command("mvar.train", argv)
+
+
+def deadline_on_one_rank(argv: list[str]) -> int:
+    """Rank 1's job ends soon after the ninth step."""
+    from mvar.engine import Engine
+    from mvar.lifecycle import StopRequests
+
+    original: Any = Engine._update
+    stops: list[StopRequests] = []
+    enter: Any = StopRequests.__enter__
+
+    def entered(self: StopRequests) -> Any:
+        stops.append(self)
+        return enter(self)
+
+    def update(self: Engine) -> Any:
+        if rank() == 1 and self.partition.adam_steps == 9:
+            stops[0]._deadline = time.time()
+        return original(self)
+
+    StopRequests.__enter__ = entered  # type: ignore[method-assign]
+    Engine._update = update  # type: ignore[method-assign]
+    return command("mvar.train", argv)
+
+
+# ---- wrong sizes
+
+
+def test_more_ranks_than_a_batch_has_images_is_refused_before_anything_starts(tmp_path: Path, store: Path) -> None:
+    config = write_config(tmp_path, store, "run", global_batch=3)
+    job = start("none", tmp_path, config, 4)
+    assert job.wait() == [2, 2, 2, 2], job.output()
+    assert "global_batch" in job.logs[0].read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
