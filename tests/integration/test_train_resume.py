@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import json
+import math
 import shutil
 import signal
 import time
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mvar.checkpoint import folder_of, steps_in
+from mvar.checkpoint import Reader, choose, folder_of, steps_in
+from mvar.launch import Place, World
 from mvar.weights import load_weights
 from tests.code_stores import make_store
 from tests.distributed import Ranks
@@ -110,15 +113,100 @@ def test_two_ranks_killed_and_stopped_in_every_way_end_with_the_same_bits(
 
 
 def test_a_run_may_change_ranks_stage_and_micro_batch_on_its_way(tmp_path: Path, store: Path) -> None:
-    expected = undisturbed(tmp_path, store, 1)
-    shapes = [(1, 1, 8, 6), (2, 3, 1, 12), (4, 2, 2, 18), (1, 0, 4, 25)]
+    """1 -> 2 -> 4 -> 3 ranks over all ZeRO stages, with a moving average of the weights."""
+    whole = {"global_batch": 12, "epochs": 6, "optim__ema_decay": 0.9}
+    expected = undisturbed(tmp_path, store, 1, **whole)
+    shapes = [(1, 1, 12, 5), (2, 3, 1, 10), (4, 2, 3, 15), (3, 3, 2, 20), (1, 0, 4, 25)]
     for ranks, stage, micro_batch, until in shapes:
         changed = [f"engine.ds_config={template(tmp_path, stage)}", f"engine.micro_batch={micro_batch}"]
-        finish(tmp_path, write_config(tmp_path, store, "elastic"), ranks, f"max_steps={until}", *changed)
-    found = losses(tmp_path / "elastic")
-    assert found == pytest.approx(expected, abs=1e-5)
-    resumes = records(tmp_path / "elastic", "resume")
-    assert [(r["step"], r["world"], r["zero_stage"]) for r in resumes] == [(0, 1, 1), (6, 2, 3), (12, 4, 2), (18, 1, 0)]
+        finish(tmp_path, write_config(tmp_path, store, "elastic", **whole), ranks, f"max_steps={until}", *changed)
+    assert losses(tmp_path / "elastic") == pytest.approx(expected, rel=1e-5)
+    resumes = [(r["step"], r["world"], r["zero_stage"]) for r in records(tmp_path / "elastic", "resume")]
+    assert resumes == [(0, 1, 1), (5, 2, 3), (10, 4, 2), (15, 3, 3), (20, 1, 0)]
+    ours, calm = (Reader(folder_of(tmp_path / run / "checkpoints", 25)) for run in ("elastic", "undisturbed"))
+    for name, shape in calm.record.shapes.items():
+        pair = [reader.read(name, "ema", 0, math.prod(shape)) for reader in (ours, calm)]
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5)
+
+
+def test_a_moving_average_may_begin_and_end_on_the_way(tmp_path: Path, store: Path) -> None:
+    """Training itself does not notice; an average that begins late begins at the weights."""
+    expected = undisturbed(tmp_path, store, 1)
+    config = write_config(tmp_path, store, "run")
+    for until, decay in ((5, 0), (8, 0.5), (12, 0.5), (25, 0)):
+        finish(tmp_path, config, 1, f"max_steps={until}", f"optim.ema_decay={decay}", "checkpoint.keep_last=9")
+    assert losses(tmp_path / "run") == expected
+    saved = {step: Reader(folder_of(tmp_path / "run" / "checkpoints", step)) for step in (5, 8, 12, 25)}
+    assert ["ema" in saved[step].record.kinds for step in saved] == [False, True, True, False]
+    begin, end, average = (
+        saved[step].read("head.weight", kind, 0, 64) for step, kind in ((5, "weight"), (8, "weight"), (8, "ema"))
+    )
+    assert (begin - average).abs().max() > 0 and (end - average).abs().max() > 0
+    assert ((average - begin).abs() <= (end - begin).abs() + 0.01).all()
+
+
+def test_a_deliberate_change_of_the_global_batch_keeps_the_place_in_data_and_schedule(
+    tmp_path: Path, store: Path
+) -> None:
+    config, run = write_config(tmp_path, store, epochs=8), tmp_path / "run"  # 400 images
+    finish(tmp_path, config, 2, "max_steps=20")
+    assert "--change-batch" in finish(tmp_path, config, 2, "global_batch=16", expected=2)
+    text = finish(tmp_path, config, 2, "global_batch=16", "--change-batch", "max_steps=24")
+    assert "global batch by first step: [(0, 8), (20, 16)]" in text
+    finish(tmp_path, config, 1, "global_batch=16")  # Known from the checkpoint by now.
+    found = records(run)
+    assert [r["samples"] for r in found] == [8 * n for n in range(1, 21)] + [160 + 16 * n for n in range(1, 16)]
+    twice = write_config(tmp_path, store, "twice", epochs=8, global_batch=16)
+    finish(tmp_path, twice, 1)
+    schedule = {r["samples"]: (r["lr"], r["weight_decay"]) for r in records(tmp_path / "twice")}
+    assert [(r["lr"], r["weight_decay"]) for r in found[20:]] == [schedule[r["samples"]] for r in found[20:]]
+    assert [(r["step"], r["global_batch"]) for r in records(run, "resume")] == [(0, 8), (20, 16), (24, 16)]
+    assert "nothing is left to do" in finish(tmp_path, config, 1, "global_batch=16")
+
+
+def test_data_that_nothing_divides_is_used_to_the_last_image(tmp_path: Path) -> None:
+    """23 images, batches of 6 over 3 ranks, 2.5 epochs: batches reach over the ends of epochs, nothing is dropped."""
+    odd = make_store(tmp_path / "odd", train=23, val=5)
+    whole = {"global_batch": 6, "epochs": 2.5, "engine__micro_batch": 2}
+    found = {}
+    for ranks in (1, 3):
+        config = write_config(tmp_path, odd, f"on{ranks}", **whole)
+        finish(tmp_path, config, ranks, "max_steps=4")
+        finish(tmp_path, config, ranks)
+        found[ranks] = losses(tmp_path / f"on{ranks}")
+    assert len(found[1]) == math.ceil(2.5 * 23 / 6)
+    assert found[3] == pytest.approx(found[1], rel=1e-5)
+    assert [r["images"] for r in records(tmp_path / "on3", "val")] == [5, 5]
+    assert "global_batch 6" in finish(tmp_path, config, 4, "run=" + str(tmp_path / "four"), expected=2)
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "rank-00001.safetensors", "checkpoint.json", "config.yaml"])
+def test_whatever_happens_to_a_file_of_a_checkpoint_it_is_never_believed(
+    tmp_path: Path, short_run: Path, file: str
+) -> None:
+    """Cut, longer, emptied, a bit flipped, removed, that of another step: the one before is used."""
+    checkpoints = short_run / "checkpoints"
+    data = (folder_of(checkpoints, 14) / file).read_bytes()
+    flips = [bytes([*data[:at], data[at] ^ 1, *data[at + 1 :]]) for at in (0, 9, len(data) // 2, len(data) - 2)]
+    other = (folder_of(checkpoints, 7) / file).read_bytes()
+    cuts = [data[:-1], data[: len(data) // 2], b"", data + b"}"]
+    tried = [*flips, *cuts, None, *([other] if other != data else [])]
+    for number, damaged in enumerate(tried):
+        copy = tmp_path / str(number)
+        shutil.copytree(checkpoints, copy)
+        victim = folder_of(copy, 14) / file
+        victim.unlink() if damaged is None else victim.write_bytes(damaged)
+        assert choose(copy, World(Place("alone"), torch.device("cpu"))) == folder_of(copy, 7)
+        assert (copy / "step-000000014.damaged").is_dir()
+        shutil.rmtree(copy)
+
+
+@pytest.fixture(scope="module")
+def short_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, saved at steps 7 and 14."""
+    folder = tmp_path_factory.mktemp("short")
+    finish(folder, write_config(folder, store), 2, "max_steps=14")
+    return folder / "run"
 
 
 def test_refusals_and_damage(tmp_path: Path, store: Path) -> None:

@@ -209,6 +209,17 @@ def test_only_the_newest_are_kept_and_never_only_damaged_ones(tmp_path: Path) ->
     assert not list(tmp_path.glob(".trash-*"))
 
 
+def test_every_nth_and_the_best_validated_are_kept_besides(tmp_path: Path) -> None:
+    losses = {1: None, 2: 3.0, 3: 2.0, 4: None, 5: 2.5, 6: 2.0, 7: None, 8: None}
+    for step, loss in losses.items():
+        partition: Any = HandMade(values(step))
+        save(tmp_path, partition, ALONE, Progress(step, validation_loss=loss), identity())
+    retain(tmp_path, last=2, every=4, best=True)
+    assert steps_in(tmp_path) == [3, 4, 7, 8]  # Of equally good ones the first.
+    retain(tmp_path, last=1)
+    assert steps_in(tmp_path) == [8]
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

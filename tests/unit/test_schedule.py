@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mvar.config import TrainConfig
-from mvar.schedule import Plan, decays, lr_share, weight_decay
+from mvar.schedule import Plan, Stretch, decays, lr_share, weight_decay
 from tests.golden import golden_json
 
 
@@ -40,6 +40,18 @@ def _tiny_shapes() -> list[dict[str, object]]:
 def plan(images: int = 1000, **changes: object) -> Plan:
     tree: dict[str, object] = {"run": "r", "data": {"store": "s"}, "epochs": 2, "global_batch": 100}
     return Plan.of(TrainConfig.model_validate(tree | changes), images)
+
+
+def test_a_changed_batch_goes_on_at_the_same_share_of_the_images() -> None:
+    whole, config = plan(images=1000, epochs=4), {"epochs": 4, "global_batch": 200}
+    tree: dict[str, object] = {"run": "r", "data": {"store": "s"}} | config
+    changed = Plan.of(TrainConfig.model_validate(tree), 1000, (Stretch(0, 0, 100), Stretch(15, 1500, 200)))
+    straight = Plan.of(TrainConfig.model_validate(tree), 1000)
+    assert whole.last_step == 40 and changed.last_step == 15 + math.ceil(2500 / 200)
+    assert [changed.samples(step) for step in (0, 14, 15, 16)] == [0, 1400, 1500, 1700]
+    assert changed.peak_lr == 2 * whole.peak_lr
+    assert changed.lr(15) == pytest.approx((straight.lr(7) + straight.lr(8)) / 2)  # Between two of its steps.
+    assert changed.is_over(28, 4000) and not changed.is_over(27, 3900)
 
 
 def test_length_counts_images_not_batches_per_epoch() -> None:

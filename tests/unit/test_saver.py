@@ -1,0 +1,132 @@
+"""Writing checkpoints while training goes on: what is saved, when it exists, what failures do."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvar import checkpoint, saver
+from mvar.checkpoint import Progress, Reader, folder_of, steps_in
+from mvar.config import CheckpointConfig
+from mvar.errors import CheckpointError
+from mvar.saver import Saver
+from tests.unit.test_checkpoint import ALONE, HandMade, identity, values
+
+
+class Gate:
+    """Holds writers back until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.writing = threading.Event(), threading.Event()
+        original: Any = checkpoint._chunks
+
+        def chunks(*arguments: Any) -> Iterator[Any]:
+            self.writing.set()
+            self.open.wait()
+            yield from original(*arguments)
+
+        monkeypatch.setattr(checkpoint, "_chunks", chunks)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    found = Gate(monkeypatch)
+    yield found
+    found.open.set()
+
+
+def make(folder: Path, tensors: Any, **settings: Any) -> Saver:
+    partition: Any = HandMade(tensors)
+    return Saver(folder, partition, ALONE, identity(), CheckpointConfig(**settings))
+
+
+def weights(folder: Path, step: int) -> torch.Tensor:
+    return Reader(folder_of(folder, step)).read("head.weight", "weight", 0, 15)
+
+
+def test_what_is_saved_is_the_moment_of_the_call_and_exists_after_settling(tmp_path: Path, gate: Gate) -> None:
+    tensors = values(1)
+    before = tensors["weight"]["head.weight"].flatten().clone()
+    saving = make(tmp_path, tensors)
+    assert saving.save(Progress(1)) == [] and not saving.ended
+    gate.writing.wait()
+    tensors["weight"]["head.weight"].add_(1)  # Training goes on.
+    assert steps_in(tmp_path) == []
+    gate.open.set()
+    (saved,) = saving.settle()
+    assert saved.step == 1 and saved.error is None and 0 <= saved.stall_s <= saved.seconds
+    assert steps_in(tmp_path) == [1] and torch.equal(weights(tmp_path, 1), before)
+    assert saving.settle() == [] and not saving.ended
+
+
+def test_a_second_one_waits_for_the_first_and_uses_the_same_memory(tmp_path: Path, gate: Gate) -> None:
+    tensors = values(1)
+    saving = make(tmp_path, tensors)
+    saving.save(Progress(1))
+    buffer: Any = saving._buffer
+    tensors["weight"]["head.weight"].zero_()
+    threading.Timer(0.2, gate.open.set).start()
+    assert [saved.step for saved in saving.save(Progress(2))] == [1]
+    assert saving._buffer is buffer
+    saving.settle()
+    assert torch.equal(weights(tmp_path, 1), values(1)["weight"]["head.weight"].flatten())
+    assert not weights(tmp_path, 2).any()
+
+
+def test_the_last_one_exists_when_the_call_returns(tmp_path: Path) -> None:
+    saving = make(tmp_path, values(1))
+    saving.save(Progress(1))
+    assert [saved.step for saved in saving.save(Progress(2), last=True)] == [1, 2]
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_without_memory_for_a_snapshot_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(saver, "available_memory", lambda: 100)
+    saving = make(tmp_path, values(1))
+    for step in (1, 2):
+        assert [saved.step for saved in saving.save(Progress(step))] == [step]
+    assert saving._buffer is None
+    assert capsys.readouterr().out.count("lack memory for a snapshot") == 1
+
+
+@pytest.mark.parametrize("background", ["auto", "off"])
+def test_a_failure_is_told_once_and_leaves_the_older_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
+    saving = make(tmp_path, values(1), on_failure="go_on", background=background)
+    saving.save(Progress(1))
+    saving.settle()
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        (failed,) = saving.save(Progress(2))
+        assert failed.step == 2 and "Free space" in (failed.error or "")
+        with pytest.raises(CheckpointError, match="Free space"):
+            saving.save(Progress(3), last=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    saving.save(Progress(4), last=True)
+    assert steps_in(tmp_path) == [1, 4]
+
+
+def test_a_writer_that_fails_in_the_background_raises_when_it_is_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chunks(*_: Any) -> Iterator[Any]:
+        raise OSError(5, "Input/output error")
+        yield
+
+    monkeypatch.setattr(checkpoint, "_chunks", chunks)
+    saving = make(tmp_path, values(1))
+    saving.save(Progress(1))
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        saving.settle()
+    assert list(tmp_path.iterdir()) == []
+    assert saving.settle() == []
