@@ -1,0 +1,39 @@
+"""`mvar.train` at the pace of a large model: it waits before every step. A rank may be told to hang, once."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from mvar.cli import run_command
+from mvar.engine import Engine
+from mvar.train import main
+
+PAUSE_S = float(os.environ.get("TEST_PAUSE_S", "0.05"))
+HANG = os.environ.get("TEST_HANG")
+"""`rank:step:file`: that rank hangs before that step, unless the file exists; it makes it."""
+
+
+def hang(step: int) -> None:
+    if HANG is None:
+        return
+    rank, when, file = HANG.split(":")
+    if os.environ["RANK"] == rank and step == int(when) and not Path(file).exists():
+        Path(file).touch()
+        time.sleep(3600)
+
+
+def pace(engine_step: Any) -> Any:
+    def step(self: Engine, done: int, *others: Any, **named: Any) -> Any:
+        time.sleep(PAUSE_S)
+        hang(done)
+        return engine_step(self, done, *others, **named)
+
+    return step
+
+
+if __name__ == "__main__":
+    Engine.step = pace(Engine.step)  # type: ignore[method-assign]
+    raise SystemExit(run_command(main))
