@@ -179,36 +179,29 @@ def decide(
 
 TASK = re.compile(r"srun: error: (?P<nodes>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
 NODE = re.compile(r"Node failure on (?P<nodes>\S+)")
-OWN_END = re.compile(r"Exited with exit code (?P<code>\d+)")
 
 
 def blame(log: str, nodes: Sequence[str], code: int | None) -> Blame:
     """Which of a failed start's nodes is to blame, from what srun said on stderr.
 
-    A node that Slurm lost is. A task that died of a signal before srun began to end the others points at its node. A
-    task that failed by itself does so only if the tasks of other nodes did not fail alike: then the program is.
+    A node that Slurm lost is. Else a task that died of a signal before srun began to end the others points at its node;
+    one that failed with an exit code does so only if the tasks of other nodes did not fail alike: then the program is.
     """
     if code in (FINISHED, STOPPED, USER_ERROR):
         return Blame()
     lines = log.splitlines()
-    lost = [(m["nodes"], line) for line in lines if (m := NODE.search(line))]
-    first = next(
-        (number for number, line in enumerate(lines) if "Terminating" in line or "aborted" in line), len(lines)
-    )
-    ends = [(number, m["nodes"], m["how"], line) for number, line in enumerate(lines) if (m := TASK.search(line))]
-    found = list(lost)
-    by_code: dict[str, set[str]] = {}
-    for _, names, how, _ in ends:
-        if OWN_END.search(how):
-            by_code.setdefault(how, set()).update(expand(names))
-    for number, names, how, line in ends:
-        signalled = OWN_END.search(how) is None
-        alone = len(nodes) == 1 or len(by_code.get(how, ())) == 1
-        if (signalled and number <= first) or (not signalled and alone and (number <= first or len(nodes) == 1)):
-            found.append((names, line))
-    named = {name for names, _ in found for name in expand(names)} & set(nodes)
+    found = [(expand(m["nodes"]), line) for line in lines if (m := NODE.search(line))]
+    if not found:
+        ends = [(place, m) for place, line in enumerate(lines) if (m := TASK.search(line))]
+        stopping = (place for place, line in enumerate(lines) if "Terminating" in line or "aborted" in line)
+        by_themselves = next(stopping, len(lines))
+        for place, own in ends:
+            alike = {node for _, other in ends if other["how"] == own["how"] for node in expand(other["nodes"])}
+            if place < by_themselves and (len(alike) == 1 or not own["how"].startswith("Exited")):
+                found.append((expand(own["nodes"]), lines[place]))
+    named = {name for names, _ in found for name in names} & {*nodes}
     if len(named) == len(nodes) > 1:
-        return Blame()  # All of them at once: not a node's fault.
+        return Blame()  # All of them at once: no node's fault.
     return Blame(tuple(sorted(named)), tuple(line for _, line in found if named))
 
 
@@ -458,12 +451,16 @@ def parse_begin(words: Sequence[str]) -> tuple[Path, list[str]]:
     parser = argparse.ArgumentParser(prog="slurm/train.sbatch", add_help=False, exit_on_error=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resnapshot", action="store_true")
+    parser.add_argument("--change-batch", action="store_true")  # Goes to the training only.
+    parser.add_argument("--from-scratch", action="store_true")
     parser.add_argument("overrides", nargs="*")
     try:
         args, unknown = parser.parse_known_intermixed_args(list(words))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"arguments of the training job: {error}") from None
-    if "--from-scratch" in unknown:
+        raise ConfigError(f"arguments of the training job: {error}.") from None
+    if unknown:
+        raise ConfigError(f"arguments of the training job: {unknown[0]} is not one of mvar train's that a chain takes.")
+    if args.from_scratch:
         raise ConfigError("--from-scratch: a chain would do it at each start. Give run=... a new folder instead.")
     runs = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
     if not runs:

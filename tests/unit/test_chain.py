@@ -1,0 +1,331 @@
+"""What a training chain does after each start, decided without Slurm."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvar.chain import (
+    BEGIN,
+    Attempt,
+    Blame,
+    Job,
+    Limits,
+    Logs,
+    Slurm,
+    begin,
+    blame,
+    close_lost,
+    decide,
+    end,
+    exclude_repeaters,
+    expand,
+    newest_step,
+    parse_begin,
+    strikes,
+)
+from mvar.errors import ConfigError
+from mvar.history import History
+
+JOB = Job("7_2", "7", restarts=0, nodes=("n1", "n2"), is_array=True, is_last=False)
+LIMITS = Limits(restarts=4, fruitless=3, strikes=2)
+
+
+def attempt(saved=None, code=None, step=10, blamed=(), **others):
+    made = {"job": "7_2", "chain": "7", "restarts": 0, "nodes": ("n1", "n2"), "time": 0.0} | others
+    return Attempt(step=step, saved=saved, code=code, blamed=blamed, **made)
+
+
+def after(code, *, job=JOB, attempts=(), preempted=False, reason=""):
+    attempts = [*attempts, attempt(saved=20, code=code)] if not attempts else list(attempts)
+    return decide(code, job, attempts, LIMITS, preempted=preempted, reason=reason)
+
+
+def job(**changes):
+    return Job(**(vars(JOB) | changes))
+
+
+# ---- after a start
+
+
+def test_a_finished_run_ends_its_chain():
+    decision = after(0)
+    assert (decision.action, decision.code) == ("finished", 0)
+
+
+def test_wrong_use_ends_the_chain_with_its_code():
+    decision = after(2)
+    assert (decision.action, decision.code) == ("stop", 2)
+    assert "Mend it" in decision.message
+
+
+def test_the_next_task_goes_on_after_a_time_limit():
+    decision = after(75, reason="the job's time is nearly over")
+    assert (decision.action, decision.code) == ("next", 0)
+    assert "nearly over" in decision.message and "next task" in decision.message
+
+
+@pytest.mark.parametrize("last", [job(is_last=True), job(is_array=False)])
+def test_a_chain_that_was_too_short_says_so(last):
+    assert "Submit again" in after(75, job=last, reason="got SIGUSR1").message
+
+
+def test_the_stop_file_stops_the_chain_even_while_preempted():
+    decision = after(75, preempted=True, reason="runs/a/STOP exists")
+    assert (decision.action, decision.code) == ("stop", 0)
+
+
+def test_a_preempted_job_is_requeued_within_its_cap():
+    assert after(75, preempted=True, reason="got SIGUSR1").action == "requeue"
+    assert after(75, job=job(restarts=4), preempted=True, reason="got SIGUSR1").action == "next"
+
+
+@pytest.mark.parametrize("code", [1, 134, 137, None])
+def test_a_fault_is_requeued_within_the_cap_then_left_to_the_next_task(code):
+    decision = after(code)
+    assert (decision.action, decision.code) == ("requeue", code or 1)
+    assert after(code, job=job(restarts=4)).action == "next"
+
+
+def test_starts_without_a_new_checkpoint_stop_the_chain():
+    fruitless = attempt(saved=10, code=1)
+    assert after(1, attempts=[fruitless] * 2).action == "requeue"
+    decision = after(1, attempts=[fruitless] * 3)
+    assert (decision.action, decision.code) == ("stop", 1)
+    assert "3 starts in a row" in decision.message
+
+
+@pytest.mark.parametrize("between", [attempt(saved=20, code=1), attempt(saved=10, code=75), attempt(saved=20)])
+def test_progress_and_stops_on_purpose_begin_the_count_anew(between):
+    fruitless = attempt(saved=10, code=None)
+    assert after(1, attempts=[fruitless, fruitless, between, fruitless, fruitless]).action == "requeue"
+
+
+# ---- who is to blame
+
+KILLED = """\
+srun: error: n2: task 1: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=8.0
+srun: error: n1: task 0: Terminated
+"""
+OWN_CODE = KILLED.replace("n2: task 1: Killed", "n2: task 1: Exited with exit code 1")
+ALIKE = """\
+srun: error: n2: tasks 2-3: Exited with exit code 1
+srun: launch/slurm: _step_signal: Terminating StepId=8.0
+srun: error: n1: tasks 0-1: Exited with exit code 1
+"""
+LOST = """\
+slurmstepd-n1: error: *** STEP 8.0 ON n1 CANCELLED AT 2030-01-01T00:00:00 DUE TO NODE FAILURE, SEE SLURMCTLD LOG ***
+srun: error: Node failure on n2
+srun: error: n1: task 0: Killed
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "nodes"),
+    [
+        (KILLED, 137, ("n2",)),
+        (OWN_CODE, 1, ("n2",)),
+        (ALIKE, 1, ()),  # The program's fault: all of them failed in the same way.
+        (LOST, None, ("n2",)),
+        (OWN_CODE, 2, ()),
+        (KILLED, 75, ()),
+        ("", 1, ()),
+        ("srun: error: n[1-2]: tasks 0-1: Killed\n", 137, ()),
+    ],
+)
+def test_the_node_that_failed_first_or_was_lost_is_to_blame(log, code, nodes):
+    found = blame(log, ("n1", "n2"), code)
+    assert found.nodes == nodes
+    assert all(any(node in line for line in found.evidence) for node in nodes)
+
+
+def test_the_only_node_of_a_job_is_to_blame_for_its_faults():
+    assert blame("srun: error: n1: tasks 0-7: Exited with exit code 1\n", ("n1",), 1).nodes == ("n1",)
+
+
+def test_nodes_are_struck_once_for_each_start():
+    assert strikes([attempt(blamed=("n1",)), attempt(blamed=("n1", "n2")), attempt()]) == {"n1": 2, "n2": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("n1", ("n1",)),
+        ("n[1-3]", ("n1", "n2", "n3")),
+        ("gpu[008-010,12]-ib,login", ("gpu008-ib", "gpu009-ib", "gpu010-ib", "gpu12-ib", "login")),
+        ("", ()),
+    ],
+)
+def test_host_lists(names, expected):
+    assert expand(names) == expected
+
+
+# ---- the record
+
+
+class Calls(Slurm):
+    """Writes down what Slurm is asked, and answers from a table."""
+
+    def __init__(self, **answers):
+        self.asked, self.answers = [], answers
+
+    def call(self, *words):
+        self.asked.append(" ".join(words))
+        return self.answers.get("_".join(words[:2]), "")
+
+    def avoid_later(self, job, avoided):
+        pass
+
+
+def checkpoint(run, step):
+    (run / "checkpoints" / f"step-{step:09d}").mkdir(parents=True)
+
+
+def srun_log(run, text, restarts=0):
+    folder = run / "logs" / JOB.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"srun-{restarts}.log").write_text(text)
+
+
+def test_newest_checkpoint_by_name(tmp_path):
+    assert newest_step(tmp_path) == 0
+    for name in ("step-000000040", "step-000000100", "step-000000300.damaged", ".step-000000400.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 100
+
+
+def test_an_end_belongs_to_its_own_start_and_torn_lines_are_passed_over(tmp_path):
+    logs = Logs(tmp_path)
+    logs.begin(JOB, 0)
+    logs.begin(job(name="9", chain="9"), 5)
+    logs.end("7_2", 0, 30, 1, "requeue", Blame(("n1",), ("line",)), "why")
+    with logs.record.open("a") as file:
+        file.write('{"event": "begin", "jo')
+    first, second = Logs(tmp_path).attempts()
+    assert (first.job, first.saved, first.code, first.blamed) == ("7_2", 30, 1, ("n1",))
+    assert (second.job, second.ended) == ("9", False)
+
+
+def test_a_start_that_was_killed_is_closed_by_the_next_with_the_nodes_that_slurm_lost(tmp_path):
+    logs = Logs(tmp_path)
+    logs.begin(JOB, 0)
+    checkpoint(tmp_path, 15)
+    shown = "NodeName=n1 State=IDLE SlurmdStartTime=2001-01-01T00:00:00\nNodeName=n2 State=DOWN* SlurmdStartTime=None\n"
+    (closed,) = close_lost(logs, Calls(**{"scontrol_-o": shown}), tmp_path, LIMITS)
+    assert (closed.action, closed.code, closed.saved, closed.blamed) == ("lost", None, 15, ("n2",))
+    assert not closed.fruitless
+
+
+def test_a_node_that_came_up_after_the_start_is_to_blame(tmp_path):
+    logs = Logs(tmp_path)
+    logs.begin(JOB, 0)
+    shown = "NodeName=n1 State=IDLE SlurmdStartTime=2001-01-01T00:00:00\n"
+    shown += "NodeName=n2 State=IDLE SlurmdStartTime=2901-01-01T00:00:00\n"
+    (closed,) = close_lost(logs, Calls(**{"scontrol_-o": shown}), tmp_path, LIMITS)
+    assert closed.blamed == ("n2",)
+
+
+def test_a_node_is_excluded_when_it_failed_too_often_with_the_evidence(tmp_path, capsys):
+    logs = Logs(tmp_path)
+    logs.folder.mkdir()
+    found = Blame(("n2",), ("srun: error: n2: task 1: Killed",))
+    once = attempt(saved=10, code=137, blamed=("n2",))
+    exclude_repeaters(logs, [once], LIMITS, found)
+    assert logs.avoided() == []
+    exclude_repeaters(logs, [once, once], LIMITS, found)
+    exclude_repeaters(logs, [once, once, once], LIMITS, found)
+    assert logs.avoided() == ["n2"]
+    text = logs.excluded.read_text()
+    assert "failed 2 times" in text and "task 1: Killed" in text
+    assert "n2 is excluded" in capsys.readouterr().out
+
+
+# ---- both together
+
+
+def started(run, restarts=0):
+    Logs(run).begin(job(restarts=restarts), newest_step(run))
+
+
+def test_a_fault_is_requeued_without_the_nodes_to_avoid(tmp_path):
+    slurm = Calls()
+    for restarts in range(2):
+        started(tmp_path, restarts)
+        srun_log(tmp_path, KILLED, restarts)
+        assert end(job(restarts=restarts), slurm, LIMITS, tmp_path, 137) == 137
+    assert [line for line in slurm.asked if "show" not in line] == [
+        "scontrol requeue 7_2",
+        "scontrol requeue 7_2",
+        "scontrol update JobId=7_2 ExcNodeList=n2",
+    ]
+
+
+def test_a_requeue_that_slurm_refuses_leaves_the_run_to_the_next_task(tmp_path, capsys):
+    started(tmp_path)
+    assert end(JOB, Calls(scontrol_requeue=None), LIMITS, tmp_path, 1) == 1
+    assert "left to the next task" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_stop_is_that_of_the_runs_history(tmp_path):
+    started(tmp_path)
+    history, slurm = History(tmp_path), Calls()
+    environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "8"}
+    history.start(2, environ)
+    history.end(75, 20, f"{tmp_path}/STOP exists")
+    assert end(JOB, slurm, LIMITS, tmp_path, 75) == 0
+    assert slurm.asked[-1] == "scancel --state=PENDING 7"
+    assert Logs(tmp_path).attempts()[-1].action == "stop"
+
+
+@pytest.mark.parametrize("action", ["finished", "stop"])
+def test_a_task_left_over_ends_at_once(tmp_path, action):
+    started(tmp_path)
+    Logs(tmp_path).end("7_2", 0, 30, 0, action, Blame(), "")
+    slurm = Calls()
+    assert begin(job(name="7_3"), slurm, LIMITS, tmp_path, []) == BEGIN["leave"]
+    assert slurm.asked == ["scancel --state=PENDING 7"]
+
+
+def test_a_job_on_a_node_to_avoid_is_requeued_elsewhere(tmp_path):
+    logs = Logs(tmp_path)
+    logs.folder.mkdir()
+    logs.avoid("n2", "failed")
+    slurm = Calls()
+    assert begin(JOB, slurm, LIMITS, tmp_path, []) == BEGIN["leave"]
+    assert slurm.asked == ["scontrol requeue 7_2", "scontrol update JobId=7_2 ExcNodeList=n2"]
+
+
+def test_a_job_that_is_killed_again_and_again_ends(tmp_path):
+    for restarts in range(2):
+        started(tmp_path, restarts)
+        Logs(tmp_path).end("7_2", restarts, 0, None, "lost", Blame(), "")
+    started(tmp_path, 2)
+    slurm = Calls()
+    assert begin(job(restarts=3), slurm, LIMITS, tmp_path, []) == BEGIN["leave"]
+    assert slurm.asked[-1] == "scancel --state=PENDING 7"
+    assert [json.loads(line)["action"] for line in Logs(tmp_path).record.read_text().splitlines() if '"end"' in line][
+        -1
+    ] == "stop"
+
+
+def test_arguments_of_a_training_job():
+    run, words = parse_begin(["--config", "a.yaml", "run=runs/a", "--change-batch", "x.y=1", "--resnapshot"])
+    assert run == Path("runs/a")
+    assert words == ["--config", "a.yaml", "--resnapshot", "x.y=1"]
+    with pytest.raises(ConfigError, match="needs run=FOLDER"):
+        parse_begin(["--config", "a.yaml"])
+    with pytest.raises(ConfigError, match="--dry-run is not one"):
+        parse_begin(["--dry-run", "run=a"])
+    with pytest.raises(ConfigError, match="a chain would do it at each start"):
+        parse_begin(["--config", "a.yaml", "run=a", "--from-scratch"])
+
+
+def test_limits_and_job_come_from_the_environment():
+    environ = {"MVAR_MAX_RESTARTS": "9", "MVAR_NODE_STRIKES": "1"}
+    assert Limits.of(environ) == Limits(restarts=9, strikes=1)
+    array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "2"}
+    assert Job.of(array, ["n1"]) == Job("10_2", "10", 0, ("n1",), is_array=True, is_last=True)
+    assert Job.of({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3"}, []).restarts == 3
+    with pytest.raises(ConfigError, match="no SLURM_JOB_ID"):
+        Job.of({}, [])
