@@ -423,12 +423,21 @@ def begin(job: Job, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str
     return BEGIN["train"]
 
 
+def own_words(run: Path, job: Job, code: int) -> tuple[int, str]:
+    """Exit code and reason of a start. What the training wrote at its end counts for more than what srun says: once the
+    first rank ends with 75, srun kills those that are still on their way out, and reports that."""
+    starts = History(run).starts()
+    if not starts or (starts[-1].job, starts[-1].restarts) != (job.name, job.restarts):
+        return code, ""
+    said = starts[-1]
+    return said.code if said.code in (FINISHED, STOPPED) else code, said.reason
+
+
 def end(job: Job, slurm: Slurm, limits: Limits, run: Path, code: int) -> int:
     """After training: write down what happened, decide, act. Returns the job's exit code."""
     logs = Logs(run)
+    code, reason = own_words(run, job, code)
     evidence = blame(logs.srun(job.name, job.restarts), job.nodes, code)
-    starts = History(run).starts()
-    reason = starts[-1].reason if starts and starts[-1].job == job.name else ""
     step = newest_step(run)
     outcome = {"saved": step, "code": code, "blamed": evidence.nodes}
     attempts = [Attempt(**(vars(a) | outcome)) if job.is_start(a) else a for a in logs.attempts()]

@@ -103,6 +103,7 @@ def test_a_chain_of_six_jobs_with_a_time_limit_of_a_minute(
         tmp_path,
         store,
         "--time=1",
+        "--signal=B:USR1@5",
         jobs=6,
         max_steps=ALL_STEPS,
         checkpoint__every_steps=100_000,  # Nothing is saved but by stopping in time.

@@ -21,6 +21,7 @@ from mvar.chain import (
     exclude_repeaters,
     expand,
     newest_step,
+    own_words,
     parse_begin,
     strikes,
 )
@@ -273,9 +274,21 @@ def test_the_reason_of_a_stop_is_that_of_the_runs_history(tmp_path):
     environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "8"}
     history.start(2, environ)
     history.end(75, 20, f"{tmp_path}/STOP exists")
-    assert end(JOB, slurm, LIMITS, tmp_path, 75) == 0
+    srun_log(tmp_path, KILLED)  # Rank 0 ended with 75, and srun killed the other on its way out.
+    assert end(JOB, slurm, LIMITS, tmp_path, 143) == 0
     assert slurm.asked[-1] == "scancel --state=PENDING 7"
-    assert Logs(tmp_path).attempts()[-1].action == "stop"
+    (last,) = Logs(tmp_path).attempts()
+    assert (last.action, last.code, last.blamed) == ("stop", 75, ())
+
+
+def test_how_another_start_ended_says_nothing_of_this_one(tmp_path):
+    environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "8"}
+    history = History(tmp_path)
+    history.start(2, environ)
+    history.end(75, 20, "got SIGUSR1")
+    assert own_words(tmp_path, job(restarts=1), 137) == (137, "")
+    history.start(2, environ | {"SLURM_RESTART_COUNT": "1"})
+    assert own_words(tmp_path, job(restarts=1), 137) == (137, "")
 
 
 @pytest.mark.parametrize("action", ["finished", "stop"])

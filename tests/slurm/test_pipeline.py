@@ -1,0 +1,123 @@
+"""From images to samples with the batch scripts, on a real cluster."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.finalize import finalize
+from data_prep.job import TokenizeConfig
+from data_prep.tokenize import tokenize
+from data_prep.verify import verify
+from mvar.config import load
+from tests.slurm.harness import ROOT, Cluster, train_log, until
+from tests.stores import LATENT, PATCH_NUMS, SIZE_PX, VOCAB, image_folder, tiny_tokenizer
+from tests.tiny_runs import losses, write_config
+
+SCRIPTS = ROOT / "slurm"
+CODES = "{shard_samples: 8, batch: 5, val_fraction: 0.25, views: {random_crops: 2}, threads: 1, workers: 1}"
+SMALL = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    image_folder(root / "images", per_class=40)
+    tiny_tokenizer(root / "tokenizer.safetensors")
+    (root / "codes.yaml").write_text(CODES)
+    return root
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.is_file()}
+
+
+def test_from_images_to_samples_on_two_nodes_with_two_tasks_each(
+    cluster: Cluster, tmp_path: Path, inputs: Path
+) -> None:
+    geometry = {"patch_nums": PATCH_NUMS, "vocab_size": VOCAB, "latent_channels": LATENT}
+    config = write_config(
+        tmp_path, tmp_path, max_steps=12, checkpoint__every_steps=5, **{f"model__{k}": v for k, v in geometry.items()}
+    )
+    out = tmp_path / "out"
+    words = ["--images", inputs / "images", "--tokenizer", inputs / "tokenizer.safetensors", "--config", config]
+    words += ["--out", out, "--codes", inputs / "codes.yaml", "--nodes", "2", "--gpus", "2"]
+    words += ["--tokenize-tasks", "2", "--sample-tasks", "2", "--chain", "3", "--per-class", "6", "--size", SIZE_PX]
+    for option in ("--cpus-per-task=1", "--time=10"):
+        words += ["--sbatch", option]
+    for word in ("--val-fraction", "0.25", "--epochs", "1"):
+        words += ["--evaluate", word]
+
+    planned = cluster.run(SCRIPTS / "pipeline.sh", *words, "--dry-run", cwd=tmp_path)
+    assert [line.split()[0] for line in planned.splitlines()] == ["sbatch"] * 5
+    assert not out.exists() and cluster.run("squeue", "-h") == ""
+
+    said = cluster.run(SCRIPTS / "pipeline.sh", *words, cwd=tmp_path)
+    jobs = dict(line.split() for line in said.splitlines())
+    assert list(jobs) == ["tokenize", "finalize", "train", "sample", "evaluate"]
+    states = cluster.wait(*jobs.values())
+    logs = "".join(path.read_text() for path in sorted((out / "logs").iterdir())) + train_log(out / "run")
+    leftovers = {f"{jobs['train']}_{number}" for number in (2, 3)}
+    assert {state for name, state in states.items() if "[" not in name and name not in leftovers} == {"COMPLETED"}, logs
+    assert {state for name, state in states.items() if "[" in name or name in leftovers} == {"CANCELLED"}, states
+
+    assert verify(out / "codes", tokenizer=inputs / "tokenizer.safetensors")["samples"] == 120
+    assert (out / "sheet.png").stat().st_size > 0 and (out / "grid.png").stat().st_size > 0
+    assert len(losses(out / "run")) == 12 and "2 ranks x" not in train_log(out / "run")
+    assert "4 ranks x 2 x 1" in train_log(out / "run")
+    assert len(list((out / "samples").glob("*/*.png"))) == 18
+    assert "frechet_samples" in json.loads((out / "figures.json").read_text())["figures"]
+
+
+def test_samples_are_not_drawn_from_a_training_that_is_not_finished(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.sbatch(*SMALL, "--array=0-1", SCRIPTS / "sample.sbatch", cwd=tmp_path, MVAR_RUN=str(tmp_path / "run"))
+    assert set(cluster.wait(job).values()) == {"FAILED"}
+    assert "is not finished" in (tmp_path / f"mvar-sample-{job}_0.log").read_text()
+
+
+def test_an_array_of_eight_survives_cancelled_tasks_and_a_dead_node(
+    cluster: Cluster, tmp_path: Path, inputs: Path
+) -> None:
+    arguments = [f"source={inputs}/images", f"tokenizer={inputs}/tokenizer.safetensors"]
+    pristine = tmp_path / "pristine"
+    tokenize(load(TokenizeConfig, inputs / "codes.yaml", [*arguments, f"store={pristine}"]))
+    finalize(pristine)
+
+    store = tmp_path / "codes"
+    words = [SCRIPTS / "tokenize.sbatch", "--config", inputs / "codes.yaml", *arguments, f"store={store}"]
+    job = cluster.sbatch(*SMALL, "--array=0-7", "--spread-job", *words, cwd=tmp_path)
+    until(lambda: len([s for s in cluster.states(job).values() if s == "RUNNING"]) == 8, explain=cluster.tail)
+    chance = random.Random(4)
+    for task in chance.sample(range(8), 3):
+        time.sleep(chance.uniform(0, 2))
+        cluster.run("scancel", f"{job}_{task}")
+    nodes = re.findall(r" BatchHost=(\S+)", cluster.run("scontrol", "-o", "show", "job", job))
+    cluster.power_cut(chance.choice(sorted(set(nodes))))
+    states = cluster.wait(job)
+    assert "CANCELLED" in states.values()
+
+    command = ["sbatch", "--wait", "--parsable", *SMALL, SCRIPTS / "finalize.sbatch", store]
+    first = cluster.run(*command, cwd=tmp_path, expect=2).split()[0]
+    said = (tmp_path / f"mvar-finalize-{first}.log").read_text()
+    named = re.search(r"--array=(\S+) \(with (--tasks) (8)\)", said)
+    assert named is not None, said
+    assert not (store / "manifest.json").exists()
+
+    script, *others = words
+    again = cluster.sbatch(*SMALL, f"--array={named[1]}", script, named[2], named[3], *others, cwd=tmp_path)
+    assert set(cluster.wait(again).values()) == {"COMPLETED"}
+    cluster.run(*command, cwd=tmp_path)
+    assert contents(store) == contents(pristine)
+    shutil.rmtree(store)
+
+
+def test_a_part_of_an_array_has_to_say_how_many_tasks_there_are(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.sbatch(*SMALL, "--array=3,5", SCRIPTS / "tokenize.sbatch", "store=codes", cwd=tmp_path)
+    assert set(cluster.wait(job).values()) == {"FAILED"}
+    assert "--tasks N" in (tmp_path / f"mvar-tokenize-{job}_3.log").read_text()

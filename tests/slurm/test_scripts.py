@@ -1,0 +1,67 @@
+"""The batch scripts themselves: what a shell and Slurm's own checks say of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mvar.config import TrainConfig, load
+from mvar.ds_config import BatchSplit
+from tests.slurm.harness import ROOT, Cluster
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+NODES = {  # docs/slurm.md names these.
+    "demo": 1,
+    "d12": 1,
+    "d16": 1,
+    "d20": 2,
+    "d24": 2,
+    "d30": 4,
+    "d32": 4,
+    "d36s_512": 4,
+}
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    shells = [*SCRIPTS, *(ROOT / "slurm").glob("*.sh"), *(ROOT / "tests" / "slurm").rglob("*.sh"), ROOT / ".ci" / "run"]
+    done = subprocess.run(["shellcheck", "-x", *map(str, shells)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_options_stand_before_the_first_command(script: Path) -> None:
+    """Slurm ignores later ones without a word."""
+    lines = script.read_text().splitlines()
+    options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    assert options and max(options) < min(commands)
+    assert not re.search(r"--(partition|account|qos|constraint|reservation)\b", script.read_text())  # A site's own.
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_slurm_accepts_each_script_as_it_is(cluster: Cluster, tmp_path: Path, script: Path) -> None:
+    assert "to start at" in cluster.run("sbatch", "--test-only", script, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("recipe", NODES)
+def test_slurm_accepts_the_request_of_each_recipe(cluster: Cluster, tmp_path: Path, recipe: str) -> None:
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    script = ROOT / "slurm" / "train.sbatch"
+    arguments = ["--config", path, f"run=runs/{recipe}", "data.store=codes"]
+    said = cluster.run("sbatch", "--test-only", f"--nodes={NODES[recipe]}", script, *arguments, cwd=tmp_path)
+    assert f"using {64 * NODES[recipe]} processors" in said
+    config = load(TrainConfig, path, ["run=run", "data.store=codes"])
+    split = BatchSplit.of(config.global_batch, 8 * NODES[recipe], config.engine.micro_batch)
+    assert split.micro_batch * split.ranks * split.accumulation == config.global_batch
+    assert f"| `{recipe}` | {NODES[recipe]} |" in (ROOT / "docs" / "slurm.md").read_text()
+
+
+def test_every_recipe_of_a_training_is_named() -> None:
+    trainings = {path.stem for path in (ROOT / "recipes").glob("*.yaml") if "global_batch:" in path.read_text()}
+    assert trainings == set(NODES)
