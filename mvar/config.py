@@ -161,6 +161,9 @@ class TrainConfig(Section):
     epochs: PositiveFloat = Field(200, description="passes over the store")
     max_steps: PositiveInt | None = Field(None, description="end after so many steps; the schedule keeps its length")
     global_batch: PositiveInt = Field(768, description="images per optimizer step, over all ranks")
+    init_from: Path | None = Field(
+        None, description="begin with the weights of a run, checkpoint, .safetensors or published .pth (resume.md)"
+    )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     data: DataConfig
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())

@@ -45,6 +45,7 @@ from mvar.schedule import Plan, Stretch
 from mvar.store import MANIFEST, CodeStore
 from mvar.tokenizer.files import load_tokenizer, sha256_of
 from mvar.tracking import Stopwatch, Tracker, memory_gib
+from mvar.weights import initial_values
 
 
 def train(config: TrainConfig, world: World, *, from_scratch: bool = False, change_batch: bool = False) -> int:
@@ -350,8 +351,9 @@ def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | 
     if found is not None:
         done, where = engine.restore(found), f"going on from {found.name}"
     else:
-        engine.initialise()
-        done, where = 0, "beginning"
+        source = job.config.init_from
+        engine.initialise(world.together(lambda: initial_values(source, job.model)) if source else None)
+        done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
     if world.is_main:
         run.finished.unlink(missing_ok=True)
         run.config.write_text(dump(job.config), encoding="utf-8")
