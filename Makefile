@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup setup-dev demo test test-slow lint bench clean
+.PHONY: setup setup-dev demo test test-slow test-slurm lint bench clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -34,6 +34,10 @@ test: setup-dev
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
+
+# Starts a Slurm cluster of virtual nodes; without its packages, or without root, these tests skip and say why.
+test-slurm: setup-dev
+	$(BIN)/python -m pytest -m slurm --durations=0 --durations-min=1 tests/slurm
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

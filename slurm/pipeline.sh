@@ -18,9 +18,10 @@
 #
 # Run it again with the same arguments after a failure: what is complete is verified and kept.
 set -euo pipefail
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
-  [ $# = 0 ] || printf '\npipeline.sh: %s\n' "$*" >&2
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+wrong() {
+  usage >&2
+  printf '\npipeline.sh: %s\n' "$*" >&2
   exit 2
 }
 
@@ -39,7 +40,8 @@ while [ $# -gt 0 ]; do
     shift
     continue
   fi
-  [ $# -ge 2 ] || usage "$1 needs a value."
+  case $1 in -h | --help) usage && exit ;; esac
+  [ $# -ge 2 ] || wrong "$1 needs a value."
   case $1 in
     --images) images=$2 ;;
     --tokenizer) tokenizer=$2 ;;
@@ -59,14 +61,14 @@ while [ $# -gt 0 ]; do
     --train) train+=("$2") ;;
     --sample) sample+=("$2") ;;
     --evaluate) evaluate+=("$2") ;;
-    *) usage "unknown option $1." ;;
+    *) wrong "unknown option $1." ;;
   esac
   shift 2
 done
 if [ -z "$images" ] || [ -z "$tokenizer" ] || [ -z "$config" ] || [ -z "$out" ]; then
-  usage "--images, --tokenizer, --config and --out are required."
+  wrong "--images, --tokenizer, --config and --out are required."
 fi
-[ "$gpus" != 0 ] || [ -n "$per_node" ] || usage "--gpus 0 needs --tasks-per-node."
+[ "$gpus" != 0 ] || [ -n "$per_node" ] || wrong "--gpus 0 needs --tasks-per-node."
 one_gpu=$((gpus > 0))
 [ -n "$dry" ] || mkdir -p "$out/logs"
 

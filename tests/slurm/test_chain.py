@@ -13,6 +13,8 @@ from tests.distributed import Ranks
 from tests.slurm.harness import HERE, ROOT, Cluster, explained, steps_done, train_log, until
 from tests.tiny_runs import losses, records, write_config
 
+pytestmark = pytest.mark.slurm
+
 STEPS, ALL_STEPS = 90, 330
 SETTINGS: dict[str, Any] = {
     "stage": 1,

@@ -20,6 +20,8 @@ from tests.slurm.harness import ROOT, Cluster, train_log, until
 from tests.stores import LATENT, PATCH_NUMS, SIZE_PX, VOCAB, image_folder, tiny_tokenizer
 from tests.tiny_runs import losses, write_config
 
+pytestmark = pytest.mark.slurm
+
 SCRIPTS = ROOT / "slurm"
 CODES = "{shard_samples: 8, batch: 5, val_fraction: 0.25, views: {random_crops: 2}, threads: 1, workers: 1}"
 SMALL = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")

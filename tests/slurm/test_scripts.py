@@ -13,6 +13,8 @@ from mvar.config import TrainConfig, load
 from mvar.ds_config import BatchSplit
 from tests.slurm.harness import ROOT, Cluster
 
+pytestmark = pytest.mark.slurm
+
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 NODES = {  # docs/slurm.md names these.
     "demo": 1,
