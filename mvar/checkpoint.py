@@ -457,14 +457,21 @@ def choose(checkpoints: Path, world: World, *, trust_sizes: bool = False) -> Pat
         if not problems:
             return folder
         if world.is_main:
-            aside = _set_aside(folder)
+            aside = _set_aside(folder, "damaged")
             print(f"mvar: WARNING: damaged checkpoint set aside as {aside.name}: {problems[0]}", file=sys.stderr)
     return None
 
 
-def _set_aside(folder: Path) -> Path:
+def set_aside_after(checkpoints: Path, step: int) -> None:
+    """Set checkpoints of later steps than `step` aside as `step-....diverged`."""
+    for late in steps_in(checkpoints):
+        if late > step:
+            _set_aside(folder_of(checkpoints, late), "diverged")
+
+
+def _set_aside(folder: Path, why: str) -> Path:
     number = 0
-    while (aside := folder.with_name(f"{folder.name}.damaged" + (f"-{number}" if number else ""))).exists():
+    while (aside := folder.with_name(f"{folder.name}.{why}" + (f"-{number}" if number else ""))).exists():
         number += 1
     os.rename(folder, aside)
     return aside

@@ -113,7 +113,15 @@ class EngineConfig(Section):
     )
     threads: PositiveInt | None = Field(None, description="CPU threads a rank uses; default: cores / local ranks")
     offload_folder: Path | None = Field(None, description="folder on a fast local disk, for templates that use NVMe")
-    max_bad_steps: PositiveInt = Field(10, description="end after so many steps in a row with a non-finite loss")
+    max_bad_steps: PositiveInt = Field(
+        10, description="bad steps in a row (loss or gradient not finite, or a spike) before the run goes back"
+    )
+    max_rollbacks: NonNegativeInt = Field(
+        1, description="times a start may go back to the last good checkpoint and skip the data after it"
+    )
+    spike_sigmas: NonNegativeFloat = Field(
+        20, description="a loss or gradient norm so many deviations above the median is a spike; 0: never"
+    )
     watchdog_s: NonNegativeFloat = Field(
         1800, description="end with stacks in the log if a step, a save or the start takes longer, seconds; 0: never"
     )

@@ -24,7 +24,7 @@ from mvar.checkpoint import Progress
 from mvar.config import ModelConfig, OptimConfig, TrainConfig
 from mvar.data import Batch
 from mvar.ds_config import BatchSplit
-from mvar.errors import BackendError, ConfigError, TrainingError
+from mvar.errors import BackendError, ConfigError
 from mvar.launch import World
 from mvar.model.init import Initializer
 from mvar.model.transformer import MVAR, drop_path_rates
@@ -89,7 +89,7 @@ class Engine:
         self.partition = Partition(self._engine, client, ema=config.optim.ema_decay > 0)
         self._scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None) if _is_fp16(config) else None
         self._rates_D = drop_path_rates(model.depth, model.resolved_drop_path)
-        self._bad_in_a_row = 0
+        self._last: tuple[list[Losses], Sequence[Batch]] = ([], [])
         self.skipped_steps = 0
 
     def _initialize(self, tree: ds_config.Tree) -> tuple[Any, torch.optim.Optimizer]:
@@ -141,13 +141,12 @@ class Engine:
     def step(self, step: int, batches: Sequence[Batch], votes: Sequence[bool] = ()) -> StepResult:
         """One optimizer step, number `step` (0-based), over this rank's micro-batches.
 
-        `votes`: this rank's answers to questions of the caller's, counted over ranks at no extra cost. Raises
-        TrainingError (on the first rank, RemoteError elsewhere) after `engine.max_bad_steps` steps in a row without a
-        finite loss or gradient.
+        `votes`: this rank's answers to questions of the caller's, counted over ranks at no extra cost.
         """
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
         found: list[Losses] = []
+        self._last = found, batches
         for batch in batches:
             losses = self._losses(step, batch)
             found.append(losses)
@@ -159,15 +158,6 @@ class Engine:
             self.partition.average(self.config.optim.ema_decay)
         averages, bad, counts = self._agree(found, batches, votes)
         self.skipped_steps += not applied
-        overflowed = self._scaler is not None and not bad
-        self._bad_in_a_row = self._bad_in_a_row + 1 if not applied and not overflowed else 0
-        if self._bad_in_a_row >= self.config.engine.max_bad_steps:
-            error = TrainingError(
-                f"step {step}: the loss or its gradient was not finite for {self._bad_in_a_row} steps in a row"
-                f" (engine.max_bad_steps). Last samples with a bad loss: {bad[:8] or 'none'}. The newest checkpoint"
-                " is untouched. Lower optim.base_lr or use a wider engine.precision, and run again."
-            )
-            self.world.raise_together(error)
         scale = float(self._scaler.cur_scale) if self._scaler is not None else None
         return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, counts)
 
@@ -220,6 +210,14 @@ class Engine:
             indices_B = np.concatenate([batch.indices_B for batch in batches])[bad_B.cpu().numpy()]
             bad = [int(index) for part in self.world.gather(indices_B.tolist()) for index in part]
         return self._averages(losses, counts[1]), bad, tuple(counts[2:])
+
+    def worst_samples(self, count: int) -> list[int]:
+        """Samples (numbers in the train split) of the last step with the highest losses over all ranks, worst first."""
+        found, batches = self._last
+        loss_B = torch.cat([losses.loss_BS.sum(dim=1) for losses in found]).tolist()
+        indices_B = np.concatenate([batch.indices_B for batch in batches]).tolist()
+        pairs = [pair for part in self.world.gather(list(zip(loss_B, indices_B, strict=True))) for pair in part]
+        return [index for _, index in sorted(pairs, key=lambda pair: -pair[0])[:count]]
 
     def _averages(self, sums_2S: Tensor, images: int) -> Averages:
         lengths_S = torch.tensor(self.objective.pyramid.lengths, dtype=torch.float64)

@@ -7,6 +7,7 @@ metrics.jsonl has one JSON object a line. All have `kind`, `step` (optimizer ste
     val         images, loss, loss_per_scale, accuracy, accuracy_per_scale
     sample      file (relative to the run folder)
     checkpoint  seconds (from its beginning until it existed), stall_s (of it, training stood still)
+    spike       reason, worst_samples: a loss or gradient far above the usual; the update was made
     not_saved   error: a checkpoint that failed, where the run goes on without it
     resume      world, zero_stage, global_batch, last_step: training went on from this step, or began (step 0)
 

@@ -18,7 +18,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,10 +42,14 @@ from mvar.objective import Objective
 from mvar.sampler import generate
 from mvar.saver import Saved, Saver
 from mvar.schedule import Plan, Stretch
+from mvar.stability import DivergedError, Stability
 from mvar.store import MANIFEST, CodeStore
 from mvar.tokenizer.files import load_tokenizer, sha256_of
 from mvar.tracking import Stopwatch, Tracker, memory_gib
 from mvar.weights import initial_values
+
+WORST = 8
+"""Samples that a spike's record names."""
 
 
 def train(config: TrainConfig, world: World, *, from_scratch: bool = False, change_batch: bool = False) -> int:
@@ -71,16 +75,35 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         watchdog.feed()
         done = begin(engine, run, job, world, found)
         history.going_on(done)
-        tracker = stack.enter_context(open_tracker(run, job, world, done))
-        shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": config.global_batch}
-        tracker.write("resume", done, **shape, last_step=job.plan.last_step)
-        saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint)
         stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
+        for left in range(config.engine.max_rollbacks, -1, -1):
+            try:
+                with training(engine, run, job, world, done) as (tracker, saver, feed):
+                    stability = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas)
+                    whole = Training(
+                        engine, run, job, tracker, saver, history, world, stops, feed, watchdog, ours, stability
+                    )
+                    return whole.loop(done)
+            except DivergedError as bad:
+                world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
+                job, done = go_back(engine, run, job, world, bad)
+        raise AssertionError("the last round returns or raises")
+
+
+@contextmanager
+def training(
+    engine: Engine, run: RunFolder, job: Job, world: World, done: int
+) -> Iterator[tuple[Tracker, Saver, Feed]]:
+    """What is opened to train from `done` steps on, and closed again."""
+    with ExitStack() as stack:
+        tracker = stack.enter_context(open_tracker(run, job, world, done))
+        shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": job.config.global_batch}
+        tracker.write("resume", done, **shape, last_step=job.plan.last_step)
+        saver = Saver(run.checkpoints, engine.partition, world, job.identity, job.config.checkpoint)
         stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
         feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
         world.raise_together(feed.error)
-        training = Training(engine, run, job, tracker, saver, history, world, stops, feed, watchdog, ours)
-        return training.loop(done)
+        yield tracker, saver, feed
 
 
 @dataclass(frozen=True)
@@ -99,6 +122,7 @@ class Training:
     watchdog: Watchdog
     ours: Callable[[], bool]
     """Whether the run folder is still this job's."""
+    stability: Stability
 
     def loop(self, done: int) -> int:
         """From `done` steps to the last one: batch -> step -> track -> maybe validate, draw, save, stop."""
@@ -115,6 +139,7 @@ class Training:
             if lost:
                 self.world.raise_together(self.loss_of_folder())
             self.track(done, result, watch)
+            self.judge(done, result)
             if written == self.world.size:
                 self.note(self.saver.settle())
             validation_loss = None
@@ -133,6 +158,16 @@ class Training:
             print(f"finished after {last_step} steps: {self.run.path}", flush=True)
         self.history.end(EXIT_FINISHED, last_step, "finished")
         return EXIT_FINISHED
+
+    def judge(self, done: int, result: StepResult) -> None:
+        """Look at the step that was just done; note spikes. Raises DivergedError on all ranks."""
+        try:
+            reason = self.stability.judge(done - 1, result)
+        except DivergedError:
+            self.saver.settle()
+            raise
+        if reason is not None and not result.skipped:
+            self.tracker.write("spike", done, reason=reason, worst_samples=self.engine.worst_samples(WORST))
 
     def votes(self) -> tuple[bool, ...]:
         """What this rank has to tell the others, in the step's one sum."""
@@ -361,6 +396,38 @@ def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | 
         if len(job.plan.stretches) > 1:
             print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)
     return done
+
+
+def beyond_help(bad: DivergedError, config: TrainConfig) -> TrainingError:
+    return TrainingError(
+        f"{bad}, {bad.done - bad.first} steps in a row (engine.max_bad_steps), after going back"
+        f" {config.engine.max_rollbacks} times (engine.max_rollbacks). The newest good checkpoint is untouched."
+        " metrics.jsonl names the samples (bad_samples, worst_samples). Lower optim.base_lr or use a wider"
+        " engine.precision, and run again."
+    )
+
+
+def go_back(engine: Engine, run: RunFolder, job: Job, world: World, bad: DivergedError) -> tuple[Job, int]:
+    """Take up the last checkpoint from before the bad steps, and skip the data up to their end. Raises MvarError."""
+    world.together(lambda: checkpoint.set_aside_after(run.checkpoints, bad.first) if world.is_main else None)
+    found = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
+    if found is None:
+        none = TrainingError(f"{bad}; there is no checkpoint to go back to. Lower optim.base_lr, and run again.")
+        world.raise_together(none if world.is_main else None)
+    assert found is not None
+    done = engine.restore(found)
+    begin, end = job.plan.samples(done), job.plan.samples(bad.done)
+    kept = tuple(stretch for stretch in job.plan.stretches if stretch.step <= done)
+    stretches = (*kept, Stretch(done, end, job.config.global_batch))
+    job = replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
+    engine.plan = job.plan
+    if world.is_main:
+        print(
+            f"mvar: WARNING: {bad}. Went back to {found.name}; the {end - begin:,} images after it are skipped.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return job, done
 
 
 def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 import signal
@@ -43,9 +44,11 @@ def calm(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(folder / "calm")
 
 
-def start(entry: str, folder: Path, config: Path, ranks: int, *arguments: str) -> Ranks:
+def start(
+    entry: str, folder: Path, config: Path, ranks: int, *arguments: str, environ: dict[str, str] | None = None
+) -> Ranks:
     where = f"tests.integration.test_train_faults:{entry}"
-    return Ranks(where, [["--config", str(config), *arguments]], ranks, folder / "logs")
+    return Ranks(where, [["--config", str(config), *arguments]], ranks, folder / "logs", environ)
 
 
 def none(argv: list[str]) -> int:
@@ -142,6 +145,52 @@ def test_unreadable_data_on_one_rank_saves_and_ends_all_with_its_message(
     assert steps_in(tmp_path / "run" / "checkpoints") == [7, 9]
     assert History(tmp_path / "run").starts()[0].code == 2
     finish(tmp_path, config, calm)
+
+
+# ---- data that spoils the training
+
+
+def poisoned(argv: list[str]) -> int:
+    """Images 80 to 119 of the order of data give NaN on rank 1; with POISON=all, everything from image 80 on."""
+    from mvar.engine import Engine
+
+    original: Any = Engine._losses
+
+    def losses_of(self: Engine, step: int, batch: Any) -> Any:
+        found = original(self, step, batch)
+        last = 120 if os.environ["POISON"] == "some" else 10**9
+        if rank() == 1 and 80 <= batch.samples_seen < last:
+            found.loss.data.fill_(float("nan"))
+            found.loss_BS.fill_(float("nan"))
+        return type(found)(found.loss * float(found.loss), found.loss_BS, found.correct_BS)
+
+    Engine._losses = losses_of  # type: ignore[method-assign]
+    return command("mvar.train", argv)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_that_diverges_goes_back_and_skips_the_data_that_did_it(tmp_path: Path, store: Path, stage: int) -> None:
+    config = write_config(tmp_path, store, "run", stage=stage, engine__max_bad_steps=3, checkpoint__every_steps=4)
+    run = tmp_path / "run"
+    job = start("poisoned", tmp_path, config, 2, environ={"POISON": "some"})
+    assert job.wait() == [0, 0], job.output()
+    assert "Went back to step-000000008; the 40 images after it are skipped." in job.output()
+    train = records(run)
+    # 8 steps of 8 images; 5 steps (64 to 103) skipped; two bad steps are left, which are fewer than three in a row.
+    assert [r["samples"] for r in train] == [8 * n for n in (*range(1, 9), *range(14, 26))]
+    assert [r["step"] for r in train if r["skipped"]] == [9, 10]
+    assert all(len(r["bad_samples"]) == 4 for r in train if r["skipped"])
+    assert [r["step"] for r in records(run, "resume")] == [0, 8]
+    assert (run / "checkpoints" / "step-000000012.diverged").is_dir()
+    assert json.loads((run / "FINISHED").read_text()) == {"step": 20, "samples": 200}
+
+
+def test_a_run_that_cannot_be_helped_ends_with_the_reason(tmp_path: Path, store: Path) -> None:
+    config = write_config(tmp_path, store, "run", engine__max_bad_steps=3)
+    job = start("poisoned", tmp_path, config, 2, environ={"POISON": "all"})
+    assert job.wait() == [2, 2], job.output()
+    assert "loss or gradient is not finite, 3 steps in a row (engine.max_bad_steps), after going back 1" in job.output()
+    assert steps_in(tmp_path / "run" / "checkpoints") == [7]
 
 
 # ---- full disks
