@@ -211,6 +211,7 @@ def arguments() -> argparse.ArgumentParser:
         "--weights", type=Path, required=True, help="run folder, checkpoint folder, .safetensors or published .pth"
     )
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest that verifies)")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
     parser.add_argument("--classes", default="all", help="all, or numbers such as 0-9 or 1,5 (default all)")
     parser.add_argument("--per-class", type=int, default=8, help="images of each class (default 8)")
@@ -254,9 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer)
 
+    from mvar.partition import EMA, WEIGHT
     from mvar.weights import load_weights
 
-    config, state = load_weights(args.weights, step=args.step)
+    config, state = load_weights(args.weights, step=args.step, kind=EMA if args.ema else WEIGHT)
     if config.num_classes is None:
         raise ConfigError(f"--weights {args.weights}: its configuration has no number of classes.")
     with torch.device("meta"):

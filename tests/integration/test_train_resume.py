@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mvar.checkpoint import Reader, choose, folder_of, steps_in
+from mvar.cli import main as mvar
 from mvar.launch import Place, World
 from mvar.weights import load_weights
 from tests.code_stores import make_store
@@ -143,6 +144,18 @@ def test_a_moving_average_may_begin_and_end_on_the_way(tmp_path: Path, store: Pa
     )
     assert (begin - average).abs().max() > 0 and (end - average).abs().max() > 0
     assert ((average - begin).abs() <= (end - begin).abs() + 0.01).all()
+    drawing = [
+        "--weights",
+        str(tmp_path / "run"),
+        "--tokenizer",
+        str(store / "tokenizer.safetensors"),
+        "--per-class",
+        "1",
+    ]
+    for step, code in ((12, 0), (25, 2)):  # There is one at step 12 and none at step 25.
+        out = ["--step", str(step), "--ema", "--out", str(tmp_path / "drawn"), "--device", "cpu"]
+        assert mvar(["sample", *drawing, *out]) == code
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 3
 
 
 def test_a_deliberate_change_of_the_global_batch_keeps_the_place_in_data_and_schedule(
