@@ -17,6 +17,7 @@ COMMANDS = {
     "tokenize": ("data_prep.tokenize", "images -> shards of codes (one task of an array job)"),
     "finalize": ("data_prep.finalize", "shards -> a complete code store"),
     "verify": ("data_prep.verify", "check a code store"),
+    "plan": ("mvar.plan.command", "memory, time and checkpoints of a training, before it is started"),
     "sample": ("mvar.sample", "draw images from a trained model"),
     "evaluate": ("mvar.evaluate", "compare samples with real images"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),

@@ -1,0 +1,64 @@
+"""What well-known GPUs can do: memory and the peak of dense bf16 matmuls, by their makers' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mvar.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One model of GPU."""
+
+    name: str
+    memory_gib: float
+    """As sold; some of it is the driver's."""
+    bf16_tflops: float
+    """Dense matmuls with fp32 accumulation, 10^12 operations a second."""
+    also: tuple[str, ...] = ()
+    """Words that `torch.cuda.get_device_name` may have for it, all of them together."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a training may fill: nine tenths. The rest is CUDA's context, NCCL's buffers and fragmentation."""
+        return int(0.9 * self.memory_gib * GIB)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("v100-32gb", 32, 125, ("v100", "32gb")),  # fp16: it has no bf16.
+        Gpu("a10-24gb", 24, 125, ("a10",)),
+        Gpu("l4-24gb", 24, 121, ("l4",)),
+        Gpu("l40s-48gb", 48, 362, ("l40s",)),
+        Gpu("rtx4090-24gb", 24, 165, ("4090",)),
+        Gpu("rtx6000ada-48gb", 48, 364, ("6000", "ada")),
+        Gpu("a100-40gb", 40, 312, ("a100", "40gb")),
+        Gpu("a100-80gb", 80, 312, ("a100", "80gb")),
+        Gpu("h100-80gb", 80, 989, ("h100",)),
+        Gpu("h100-pcie-80gb", 80, 756, ("h100", "pcie")),
+        Gpu("h200-141gb", 141, 989, ("h200",)),
+        Gpu("gh200-96gb", 96, 989, ("gh200",)),
+        Gpu("b200-192gb", 192, 2250, ("b200",)),
+        Gpu("mi250x-128gb", 128, 383, ("mi250",)),
+        Gpu("mi300x-192gb", 192, 1307, ("mi300",)),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """Raises ConfigError with the known names."""
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise ConfigError(f"--gpu {name}: unknown. Known: {', '.join(GPUS)}. Or give --memory-gib and --peak-tflops.")
+    return gpu
+
+
+def recognise(device_name: str) -> Gpu | None:
+    """The GPU that torch calls so, such as "NVIDIA A100-SXM4-80GB"; None if it is none of ours."""
+    words = device_name.lower().replace("-", " ").split()
+    fitting = [gpu for gpu in GPUS.values() if gpu.also and all(any(w.startswith(a) for w in words) for a in gpu.also)]
+    return max(fitting, key=lambda gpu: len(gpu.also), default=None)
