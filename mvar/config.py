@@ -108,8 +108,8 @@ class EngineConfig(Section):
     ds_config: Path = Field(Path("ds_configs/zero2.json"), description="DeepSpeed template; picks the ZeRO stage")
     precision: Literal["bf16", "bf16_autocast", "fp16", "fp32"] = Field("bf16", description="arithmetic of the blocks")
     micro_batch: PositiveInt | None = Field(None, description="images a rank holds at once; default: global/world")
-    activation_checkpointing: Literal["off", "every"] | PositiveInt = Field(
-        "off", description="recompute every block, or every n-th, in the backward pass"
+    activation_checkpointing: Literal["off", "every", "selective"] | PositiveInt = Field(
+        "off", description="recompute in the backward pass: every block, every n-th, or all but linear layers"
     )
     threads: PositiveInt | None = Field(None, description="CPU threads a rank uses; default: cores / local ranks")
     offload_folder: Path | None = Field(None, description="folder on a fast local disk, for templates that use NVMe")

@@ -20,9 +20,10 @@ from mvar.model.block import VECTORS, Block
 from mvar.model.conditioning import ConditionedNorm, project, projection
 from mvar.model.mamba2 import HEAD_WIDTH, MambaBackend, MambaState
 from mvar.model.precision import WideEmbedding, WideLinear, compute_dtype
+from mvar.model.recompute import keeping_linears
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
-ActivationCheckpointing = Literal["off", "every"] | int
+ActivationCheckpointing = Literal["off", "every", "selective"] | int
 
 
 @dataclass
@@ -42,8 +43,9 @@ class MVAR(nn.Module):
     """The transformer over a pyramid of token maps.
 
     `width` defaults to 64 x depth and `heads` to depth. `activation_checkpointing`: "off", "every" block is recomputed
-    in the backward pass, or every n-th. A fresh model has torch's default initialisation; see `mvar.model.init`.
-    Raises ConfigError for an impossible geometry and BackendError for kernels that are asked for and missing.
+    in the backward pass, or every n-th; "selective" keeps what its linear layers gave and recomputes the rest. A
+    fresh model has torch's default initialisation; see `mvar.model.init`. Raises ConfigError for an impossible geometry
+    and BackendError for kernels that are asked for and missing.
     """
 
     def __init__(
@@ -159,9 +161,11 @@ class MVAR(nn.Module):
             drop = None if drop_path_DGB is None else drop_path_DGB[index]
             memory = None if state is None else state.blocks[index]
             if memory is None and self._recomputes(index):
-                h_BLC = checkpoint(
-                    block, h_BLC, shared, lengths, dtype, drop, use_reentrant=False, preserve_rng_state=False
-                )  # the model draws nothing at random, so there is no generator state to preserve
+                # The model draws nothing at random, so there is no generator state to preserve.
+                how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                if self.activation_checkpointing == "selective":
+                    how["context_fn"] = keeping_linears
+                h_BLC = checkpoint(block, h_BLC, shared, lengths, dtype, drop, **how)
             else:
                 h_BLC = block(h_BLC, shared, lengths, dtype, drop, memory)
         if state is not None:
@@ -214,7 +218,7 @@ class MVAR(nn.Module):
         every = self.activation_checkpointing
         if every == "off" or not torch.is_grad_enabled():
             return False
-        return every == "every" or index % int(every) == 0
+        return every in ("every", "selective") or index % int(every) == 0
 
 
 PUBLISHED_BUFFERS = ("attn_bias_for_masking", "lvl_1L", "attn.zero_k_bias", "attn.patch_nums")

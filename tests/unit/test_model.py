@@ -3,12 +3,15 @@
 Legend: B batch, L tokens, V vocabulary, D depth.
 """
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvar.config import ModelConfig
 from mvar.errors import BackendError, ConfigError
@@ -180,7 +183,7 @@ def test_train_and_eval_mode_compute_the_same() -> None:
     assert torch.equal(model.train()(labels_B, x_BLC), model.eval()(labels_B, x_BLC))
 
 
-@pytest.mark.parametrize("setting", ["every", 2])
+@pytest.mark.parametrize("setting", ["every", 2, "selective"])
 @pytest.mark.parametrize("dropping", [False, True])
 def test_activation_checkpointing_changes_no_bit_of_the_gradients(setting: Any, dropping: bool) -> None:
     options = {"drop_path_DGB": torch.rand(3, 3, 2)} if dropping else {}
@@ -188,6 +191,40 @@ def test_activation_checkpointing_changes_no_bit_of_the_gradients(setting: Any, 
     checkpointed = gradients(small(activation_checkpointing=setting), **options)
     assert plain.keys() == checkpointed.keys()
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_selective_checkpointing_runs_no_linear_layer_twice_and_keeps_less() -> None:
+    calls, kept = {}, {}
+    for setting in ("off", "selective", "every"):
+        model = small(activation_checkpointing=setting)
+        labels_B, x_BLC = batch_of(model)
+        with Count() as counted:
+            loss = model(labels_B, x_BLC).square().mean()
+            kept[setting] = counted.live_bytes()
+            loss.backward()
+        calls[setting] = counted.matmuls
+    assert calls["off"] == calls["selective"] < calls["every"]
+    assert kept["every"] < kept["selective"] < kept["off"]
+
+
+class Count(TorchDispatchMode):
+    """Counts matmuls, and the bytes of results that are still held by something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmuls = 0
+        self._results: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        self.matmuls += operation._schema.name in ("aten::mm", "aten::addmm")
+        tensors = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
+        self._results += [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+        return result
+
+    def live_bytes(self) -> int:
+        storages = [storage for ref in self._results if (storage := ref()) is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_every_parameter_gets_a_gradient() -> None:
