@@ -65,7 +65,7 @@ def held(engine: Engine, before: dict[int, int]) -> Bytes:
     ]
     masters = engine.partition._masters if engine.stage else []
     moments = [list(engine._optimizer.state[key].values()) for key in engine.partition._masters]
-    gradients = [[p.grad, getattr(p, "grad_accum", None)] for p in parameters]
+    gradients: list[Any] = [[p.grad, getattr(p, "grad_accum", None)] for p in parameters]
     for name in ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer"):
         gradients.append(getattr(zero, name, None))
     buckets = [vars(b) for b in getattr(zero, "ipg_buckets", {}).values()]

@@ -72,7 +72,8 @@ def table(study: Study) -> str:
         f" {gib(sent['reduce_scatter'])}, all-gather {gib(sent['all_gather'])} GiB handed over by a rank;"
         f" {gib(sent['on_the_wire'])} GiB sent in rings",
         f"work      {work['training_per_token'] / 1e6:,.0f} MFLOP a token,"
-        f" {work['training_per_image'] / 1e12:.2f} TFLOP an image for a training step; conditioning {work['conditioning'] / work['forward_per_image']:.2%} of it,"
+        f" {work['training_per_image'] / 1e12:.2f} TFLOP an image for a training step;"
+        f" conditioning {work['conditioning'] / work['forward_per_image']:.2%} of it,"
         f" attention {work['attention'] / work['forward_per_image']:.1%}, scan"
         f" {work['scan'] / work['forward_per_image']:.1%}",
         f"time      {time['steps']:,} steps of {time['step_s']:.2f} s, {time['images_seen']:,} images:"
@@ -116,14 +117,14 @@ def picture(study: Study, path: Path) -> None:
     axes.set_xticks(range(len(options)), labels, fontsize=8)
     for tick, option in zip(axes.get_xticklabels(), options, strict=True):
         tick.set_fontweight("bold" if option is study.best else "normal")
-    axes.set_ylim(0, min(max(bottoms), 2.2 * gpu.memory_gib) * 1.08)
+    axes.set_ylim(0, max(gpu.memory_gib, min(max(bottoms), 2 * gpu.memory_gib)) * 1.02)
     axes.set_ylabel("GiB of a GPU")
     axes.set_title(
         f"{study.sizes.parameters / 1e9:.2f} billion parameters on {study.assumed.world} x {gpu.name},"
         f" {study.config.engine.precision}: the largest micro-batch that fits",
         fontsize=10,
     )
-    axes.legend(ncols=4, fontsize=8, loc="upper left", frameon=False)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
     axes.spines[["top", "right"]].set_visible(False)
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=130)

@@ -27,7 +27,7 @@ from mvar.plan.sizes import Sizes
 Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
 Kernels = Literal["cpu", "gpu", "gpu_torch"]
 """`gpu`: flash-attn and mamba-ssm. `gpu_torch`: torch's fused attention and our scan. `cpu`: attention runs in fp32."""
-Recompute = Literal["off", "every"] | int
+Recompute = Literal["off", "every", "selective"] | int
 
 FP32, FP64 = 4, 8
 ALIGNED_TO = 2
@@ -208,7 +208,7 @@ def _casts(sizes: Sizes, setup: Setup, *, saved_only: bool = False) -> int:
 
 def recomputes(recompute: Recompute, index: int) -> bool:
     """Whether block number `index` is recomputed in the backward pass."""
-    return recompute != "off" and (recompute == "every" or index % int(recompute) == 0)
+    return recompute != "off" and (recompute in ("every", "selective") or index % int(recompute) == 0)
 
 
 @dataclass(frozen=True)
@@ -268,15 +268,28 @@ def block_per_token(sizes: Sizes, setup: Setup) -> dict[str, float]:
     return kept
 
 
+def matmuls_per_token(sizes: Sizes, setup: Setup) -> float:
+    """Bytes of the results of matmuls and attention, all that selective recomputation keeps of a block, a token."""
+    C, h = sizes.width, setup.compute_bytes
+    inner = EXPAND * C
+    projected = 2 * inner + 2 * STATE + inner // HEAD_WIDTH
+    attend = FP32 if setup.kernels == "cpu" else h
+    # Those inside our scan are not kept: it is one operation to autograd.
+    return h * (3 * C + C + projected + C + 4 * C + C) + attend * C + FP32 * sizes.model.resolved_heads
+
+
 def activations(sizes: Sizes, setup: Setup, micro_batch: int) -> Activations:
     """Of `micro_batch` images through the whole model."""
     tokens = micro_batch * sizes.tokens
     C, W, depth = sizes.width, FP32, sizes.model.depth
     per_block = int(tokens * sum(block_per_token(sizes, setup).values())) + _conditioning(sizes, setup, micro_batch)
     again = sum(recomputes(setup.recompute, index) for index in range(depth))
+    between: float = W * C
+    if setup.recompute == "selective":
+        between += matmuls_per_token(sizes, setup)
     ends = tokens * W * (3 * C + sizes.model.latent_channels) + 4 * W * micro_batch * C
     return Activations(
-        blocks=(depth - again) * per_block + again * tokens * W * C,
+        blocks=(depth - again) * per_block + again * int(tokens * between),
         recomputed=per_block if again else 0,
         ends=ends,
         logits=3 * W * tokens * sizes.model.vocab_size,

@@ -112,7 +112,7 @@ class Study:
             zero = read_template(find_template(Path("ds_configs") / f"{name}.json"))["zero_optimization"]
             if zero["stage"] == 0 and self.config.engine.precision in ("bf16", "fp16"):
                 continue
-            recomputes: tuple[Recompute, ...] = ("off", "every")
+            recomputes: tuple[Recompute, ...] = ("off", "selective", "every")
             found += [self._option(name, zero, recompute) for recompute in recomputes]
         return found
 
@@ -131,8 +131,12 @@ class Study:
         on_gpu = [o for o in roomy if o.memory.state.host + o.memory.state.disk == 0]
         # ZeRO 1 and 2 send alike unless batches accumulate; the one with less memory is the safer choice.
         liked = {"zero2": 0, "zero1": 1, "zero0": 2, "zero3": 3}
-        key = lambda o: (o.recompute != "off", liked.get(o.template, 4 + TEMPLATES.index(o.template)))  # noqa: E731
-        return min(on_gpu or roomy, key=key, default=None)
+
+        def cost(option: Option) -> tuple[int, int]:
+            again = ("off", "selective", "every").index(str(option.recompute))
+            return again, liked.get(option.template, 4 + TEMPLATES.index(option.template))
+
+        return min(on_gpu or roomy, key=cost, default=None)
 
     @cached_property
     def schedule(self) -> Plan:
