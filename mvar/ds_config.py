@@ -86,7 +86,7 @@ def resolve(config: TrainConfig, split: BatchSplit) -> Tree:
     tree = _merge(template, _from_recipe(config, split), path)
     if stage == 0:
         tree["gradient_clipping"] = 0.0  # Without ZeRO, DeepSpeed clips without telling the norm: the engine does it.
-    _check_precision(config, stage, path)
+    _check_precision(config, tree, stage, path)
     _place_offload(tree["zero_optimization"], config, path)
     _check_with_deepspeed(tree, path)
     return tree
@@ -135,12 +135,17 @@ def _merge(template: Tree, decided: dict[str, tuple[Any, str]], path: Path) -> T
     return tree
 
 
-def _check_precision(config: TrainConfig, stage: int, path: Path) -> None:
+def _check_precision(config: TrainConfig, tree: Tree, stage: int, path: Path) -> None:
     precision = config.engine.precision
     if stage == 0 and precision in ("bf16", "fp16"):
         raise ConfigError(
             f"engine.precision {precision} with ZeRO stage 0 ({path}): DeepSpeed 0.19 has no sound fp32 master weights"
             " there. Use ds_configs/zero1.json, which costs nothing more, or engine.precision=bf16_autocast."
+        )
+    if precision == "fp16" and (tree.get("fp16") or {}).get("loss_scale", 0) == 1:
+        raise ConfigError(
+            f'engine.precision fp16 without loss scaling ({path}: "fp16.loss_scale": 1): small gradients would vanish.'
+            " Leave the key out for dynamic scaling, or give a fixed scale such as 1024."
         )
 
 

@@ -32,13 +32,14 @@ from mvar.cli import run_command
 from mvar.config import ModelConfig, TrainConfig, describe, dump, load
 from mvar.data import Batch, TrainStream, eval_batches
 from mvar.ds_config import BatchSplit
-from mvar.engine import Averages, Engine, StepResult, build_model
+from mvar.engine import Averages, Engine, StepResult
 from mvar.errors import ConfigError, MvarError, TokenizerError, TrainingError
 from mvar.history import History
 from mvar.images import grid, save_png, to_uint8
 from mvar.launch import World
 from mvar.lifecycle import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
 from mvar.objective import Objective
+from mvar.plan.room import require_room
 from mvar.sampler import generate
 from mvar.saver import Saved, Saver
 from mvar.schedule import Plan, Stretch
@@ -320,7 +321,7 @@ class Job:
 def prepare(config: TrainConfig, ranks: int) -> Job:
     """Open and check what the run needs, before anything is allocated. Raises MvarError."""
     split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
-    ds_config.resolve(config, split)
+    tree = ds_config.resolve(config, split)
     store = CodeStore.open(config.data.store, reader=config.data.reader, stage=config.data.stage)
     store.require_geometry(config.model.patch_nums, config.model.vocab_size, config.model.latent_channels)
     labelled = len(store.manifest.classes)
@@ -330,11 +331,13 @@ def prepare(config: TrainConfig, ranks: int) -> Job:
             f"model.num_classes {classes}: the code store {config.data.store} has {labelled} classes."
             " Leave the key out to take the store's number."
         )
+    model = config.model.model_copy(update={"num_classes": classes})
+    require_room(config, model, tree["zero_optimization"], ranks, launch.detect(os.environ).local_size)
     if config.tracking.sample_every:
         check_tokenizer(config, store)
     return Job(
         config=config,
-        model=config.model.model_copy(update={"num_classes": classes}),
+        model=model,
         store=store,
         store_sha256=hashlib.sha256((store.folder / MANIFEST).read_bytes()).hexdigest(),
         plan=Plan.of(config, len(store.split("train"))),
@@ -464,17 +467,6 @@ def summary(job: Job, parameters: int, stage: int) -> str:
     )
 
 
-def dry_run(config: TrainConfig, ranks: int) -> None:
-    """Resolve everything, allocate nothing, print what would be run."""
-    launch.choose_accelerator()
-    job = prepare(config, ranks)
-    with torch.device("meta"):
-        model = build_model(config, job.model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    stage = ds_config.read_template(ds_config.find_template(config.engine.ds_config))["zero_optimization"]["stage"]
-    print(f"dry run: {summary(job, parameters, stage)}")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mvar train",
@@ -487,6 +479,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--from-scratch", action="store_true", help="move what is in the run folder aside and begin")
     parser.add_argument("--change-batch", action="store_true", help="go on with another global_batch than before")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes and steps, and end")
+    parser.add_argument("--pretend-world", type=int, metavar="N", help="with --dry-run: as if N ranks were started")
+    parser.add_argument("--pretend-rank", type=int, default=0, metavar="R", help="with --dry-run: as rank R of them")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # From the deepspeed launcher.
     return parser.parse_intermixed_args(argv)
 
@@ -496,9 +490,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     main_rank = launch.rank_hint(os.environ) == 0
     try:
         config = load(TrainConfig, args.config, args.overrides)
+        if args.pretend_world is not None and (not args.dry_run or args.pretend_world < 1):
+            raise ConfigError("--pretend-world: expected 1 or more ranks, together with --dry-run.")
         if args.dry_run:
             if main_rank:
-                dry_run(config, launch.detect(os.environ).size)
+                from mvar.dry_run import dry_run
+
+                ranks = args.pretend_world or launch.detect(os.environ).size
+                dry_run(config, ranks, args.pretend_rank, pretended=args.pretend_world is not None)
             return EXIT_FINISHED
     except MvarError:
         if main_rank:

@@ -43,8 +43,8 @@ GPUS = {
         Gpu("h200-141gb", 141, 989, ("h200",)),
         Gpu("gh200-96gb", 96, 989, ("gh200",)),
         Gpu("b200-192gb", 192, 2250, ("b200",)),
-        Gpu("mi250x-128gb", 128, 383, ("mi250",)),
-        Gpu("mi300x-192gb", 192, 1307, ("mi300",)),
+        Gpu("mi250x-128gb", 128, 383, ("mi250x",)),
+        Gpu("mi300x-192gb", 192, 1307, ("mi300x",)),
     )
 }
 
@@ -59,6 +59,6 @@ def find_gpu(name: str) -> Gpu:
 
 def recognise(device_name: str) -> Gpu | None:
     """The GPU that torch calls so, such as "NVIDIA A100-SXM4-80GB"; None if it is none of ours."""
-    words = device_name.lower().replace("-", " ").split()
-    fitting = [gpu for gpu in GPUS.values() if gpu.also and all(any(w.startswith(a) for w in words) for a in gpu.also)]
+    words = set(device_name.lower().replace("-", " ").split())
+    fitting = [gpu for gpu in GPUS.values() if gpu.also and set(gpu.also) <= words]
     return max(fitting, key=lambda gpu: len(gpu.also), default=None)
