@@ -58,7 +58,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
     run = RunFolder(config.run)
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.engine.watchdog_s))
-        job = world.together(lambda: prepare(config, world.size))
+        job = world.together(lambda: prepare(config, world.size, world.place.local_size))
         ours = world.together(lambda: stack.enter_context(claim(run, config, world)))
         if from_scratch:
             world.together(lambda: run.set_aside() if world.is_main else None)
@@ -318,8 +318,11 @@ class Job:
         return Identity(self.config, self.model, self.store_sha256, versions())
 
 
-def prepare(config: TrainConfig, ranks: int) -> Job:
-    """Open and check what the run needs, before anything is allocated. Raises MvarError."""
+def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> Job:
+    """Open and check what the run needs, before anything is allocated. `ranks_here`: those of this machine.
+
+    Raises MvarError.
+    """
     split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
     tree = ds_config.resolve(config, split)
     store = CodeStore.open(config.data.store, reader=config.data.reader, stage=config.data.stage)
@@ -332,7 +335,7 @@ def prepare(config: TrainConfig, ranks: int) -> Job:
             " Leave the key out to take the store's number."
         )
     model = config.model.model_copy(update={"num_classes": classes})
-    require_room(config, model, tree["zero_optimization"], ranks, launch.detect(os.environ).local_size)
+    require_room(config, model, tree["zero_optimization"], ranks, ranks_here)
     if config.tracking.sample_every:
         check_tokenizer(config, store)
     return Job(
