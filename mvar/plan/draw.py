@@ -21,6 +21,9 @@ COLOURS = {
 """Categories of memory, from the axis outwards."""
 
 
+KEPT = {"off": "keep all", "selective": "keep matmuls", "every": "recompute"}
+
+
 def gib(count: float) -> str:
     return f"{count / GIB:.1f}" if count < 99.95 * GIB else f"{count / GIB:,.0f}"
 
@@ -95,7 +98,7 @@ def picture(study: Study, path: Path) -> None:
 
     options = study.options
     labels = [
-        f"{option.template}\n{'recompute' if option.recompute != 'off' else 'keep all'}\n"
+        f"{option.template}\n{KEPT[str(option.recompute)]}\n"
         + (f"{option.micro_batch} images" if option.micro_batch else "1 image")
         for option in options
     ]
