@@ -105,11 +105,11 @@ def test_a_chain_of_six_jobs_with_a_time_limit_of_a_minute(
         tmp_path,
         store,
         "--time=1",
-        "--signal=B:USR1@5",
+        "--signal=CONT@1",  # No signal that asks to stop: the training has to know its own time.
         jobs=6,
         max_steps=ALL_STEPS,
         checkpoint__every_steps=100_000,  # Nothing is saved but by stopping in time.
-        checkpoint__stop_before_end_s=25,
+        checkpoint__stop_before_end_s=20,
         environ={"TEST_PAUSE_S": "0.1"},
     )
     states = chain.finish()
@@ -257,10 +257,13 @@ def test_stop_file_then_one_node_then_four(cluster: Cluster, tmp_path: Path, sto
     assert chain.actions() == ["stop"] and states[f"{chain.id}_1"] == "COMPLETED"
     assert not (chain.run / "STOP").exists()
 
-    chain.id = chain.submit(nodes=1, jobs=2)
+    chain.id = chain.submit(nodes=1, jobs=1)
     chain.reach(45)
-    cluster.run("scontrol", "update", f"JobId={chain.id}_2", "NumNodes=4-4")
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{chain.id}_1")
+    cluster.run("scancel", "--signal=USR1", f"{chain.id}_1.0")
+    cluster.wait(chain.id)
+    assert "got SIGUSR1" in train_log(chain.run) and "Submit again to go on" in train_log(chain.run)
+
+    chain.id = chain.submit(nodes=4, jobs=2)
     chain.finish()
     assert chain.losses() == pytest.approx(curve[:STEPS], abs=1e-5)
     assert [record["world"] for record in records(chain.run, "resume")] == [2, 1, 4]

@@ -65,13 +65,13 @@ def test_from_images_to_samples_on_two_nodes_with_two_tasks_each(
     assert list(jobs) == ["tokenize", "finalize", "train", "sample", "evaluate"]
     states = cluster.wait(*jobs.values())
     logs = "".join(path.read_text() for path in sorted((out / "logs").iterdir())) + train_log(out / "run")
-    leftovers = {f"{jobs['train']}_{number}" for number in (2, 3)}
-    assert {state for name, state in states.items() if "[" not in name and name not in leftovers} == {"COMPLETED"}, logs
-    assert {state for name, state in states.items() if "[" in name or name in leftovers} == {"CANCELLED"}, states
+    leftovers = {name for name in states if name.startswith(f"{jobs['train']}_") and name != f"{jobs['train']}_1"}
+    assert leftovers and {states[name] for name in leftovers} == {"CANCELLED"}
+    assert {state for name, state in states.items() if name not in leftovers} == {"COMPLETED"}, logs
 
-    assert verify(out / "codes", tokenizer=inputs / "tokenizer.safetensors")["samples"] == 120
+    assert verify(out / "codes")["samples"] == 120
     assert (out / "sheet.png").stat().st_size > 0 and (out / "grid.png").stat().st_size > 0
-    assert len(losses(out / "run")) == 12 and "2 ranks x" not in train_log(out / "run")
+    assert len(losses(out / "run")) == 12
     assert "4 ranks x 2 x 1" in train_log(out / "run")
     assert len(list((out / "samples").glob("*/*.png"))) == 18
     assert "frechet_samples" in json.loads((out / "figures.json").read_text())["figures"]
