@@ -107,6 +107,9 @@ def _from_recipe(config: TrainConfig, split: BatchSplit) -> dict[str, tuple[Any,
         "zero_force_ds_cpu_optimizer": (False, "optim.impl"),
         "steps_per_print": (10**9, "tracking.log_every"),
     }
+    if config.engine.activation_checkpointing == "selective":
+        # DeepSpeed's own linear layer adds its bias in place, to the very result that is kept for the backward pass.
+        decided["zero_optimization.memory_efficient_linear"] = (False, "engine.activation_checkpointing")
     if precision in ("bf16", "fp16"):
         decided["data_types.grad_accum_dtype"] = ("fp32", "engine.precision")
     if precision == "bf16_autocast":

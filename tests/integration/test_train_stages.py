@@ -1,7 +1,8 @@
 """All ZeRO stages are one and the same training, and their checkpoints are one and the same thing.
 
 Jobs of two ranks do many cases in one process group, because starting processes is what costs time here. Stage 3 has a
-job of its own: DeepSpeed replaces torch's linear layer for the rest of the process when it is used.
+job of its own: DeepSpeed replaces torch's linear layer for the rest of the process when it is used (but for selective
+recomputation, which must come first).
 """
 
 from __future__ import annotations
@@ -127,8 +128,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(folder, results, configs[0])
 
 
-def test_every_stage_on_two_ranks_equals_plain_pytorch(trained: Trained) -> None:
-    expected = plain_pytorch(trained.tree)
+def test_every_stage_on_two_ranks_equals_plain_pytorch(trained: Trained, expected: list[float]) -> None:
     assert expected[-1] < expected[0] - 0.3, "the tiny run must learn, or it proves nothing"
     for result in trained.results.values():
         assert [loss for loss, _ in result["whole"]] == pytest.approx(expected, abs=1e-5)
@@ -161,3 +161,35 @@ def test_restored_weights_and_moments_are_the_saved_bits(trained: Trained) -> No
 def test_every_stage_begins_with_the_same_weights(trained: Trained) -> None:
     first = [result["whole"][0] for result in trained.results.values()]
     assert all(entry == pytest.approx(first[0], abs=1e-7) for entry in first)
+
+
+def train_cases(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Losses of a whole training of each case, one after the other."""
+    found = {}
+    for name, tree in trees.items():
+        engine, job = build(world, tree)
+        engine.initialise()
+        found[name] = [loss for loss, _ in run_steps(engine, job, world, 0, STEPS)]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("stages", [(0, 1, 2), (3,)])
+def test_every_stage_with_every_recomputation_on_every_number_of_ranks_is_the_same_training(
+    tmp_path: Path, trained: Trained, expected: list[float], ranks: int, stages: tuple[int, ...]
+) -> None:
+    store = Path(trained.tree.data.store)
+    cases = {
+        f"stage {stage}, {recompute}": config(
+            tmp_path, store, stage=stage, engine__micro_batch=2, engine__activation_checkpointing=recompute
+        ).model_dump(mode="json")
+        for stage in stages
+        for recompute in ("selective", "off", "every")  # In this order: see the note at the top on stage 3.
+    }
+    for name, losses in run_ranks(train_cases, ranks, tmp_path / "job", trees=cases)[0].items():
+        assert losses == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def expected(trained: Trained) -> list[float]:
+    return plain_pytorch(trained.tree)
