@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": ("mvar.sample", "draw images from a trained model"),
     "evaluate": ("mvar.evaluate", "compare samples with real images"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
+    "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),
     "status": ("mvar.status", "how a training run is doing, on one screen"),
     "report": ("mvar.report", "draw the curves of a run"),
     "demo": ("mvar.demo", "the whole job on a few thousand real images"),
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print("usage: mvar COMMAND ...   (mvar COMMAND --help)\n")
-        print("\n".join(f"  {name:16} {summary}" for name, (_, summary) in COMMANDS.items()))
+        print("\n".join(f"  {name:18} {summary}" for name, (_, summary) in COMMANDS.items()))
         return 0
     if args[0] not in COMMANDS:
         print(f"mvar: error: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
