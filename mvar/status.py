@@ -15,6 +15,7 @@ import mmap
 import re
 import shutil
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,7 +93,8 @@ class Period:
     @property
     def why(self) -> str:
         if self.start.code is not None:
-            return f"{self.start.reason} (exit code {self.start.code})"
+            reason = textwrap.shorten(self.start.reason, 80, placeholder=" ...")
+            return f"{reason} (exit code {self.start.code})"
         return "running" if self.running else "killed"
 
 

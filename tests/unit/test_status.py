@@ -113,7 +113,7 @@ def test_starts_of_one_job_share_its_allocation(life: Life) -> None:
     life.start(1, 0, job="7")
     allocated = life.now - 10
     life.steps(5)
-    life.history.end(1, None, "RuntimeError: boom")
+    life.history.end(1, None, "RuntimeError: boom" + " and so on" * 50)
     life.now += 3
     life.start(1, 0, job="7", waited_s=life.now - allocated)
     life.steps(5)
@@ -122,7 +122,8 @@ def test_starts_of_one_job_share_its_allocation(life: Life) -> None:
     found = status_of(life.run)
     assert found.state == "finished"
     assert found.allocated_rank_s == life.now - allocated  # No second counts twice.
-    assert "RuntimeError: boom (exit code 1)" in show(found)
+    assert "RuntimeError: boom and so on" in show(found) and "... (exit code 1)" in show(found)
+    assert max(map(len, show(found).splitlines()[1:])) < 200  # One screen; history.jsonl has it all.
 
 
 def test_a_living_process_is_seen_and_a_dead_one_is_not(life: Life) -> None:
