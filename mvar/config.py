@@ -98,6 +98,7 @@ class OptimConfig(Section):
     warmup_epochs: NonNegativeFloat | None = Field(None, description="default: epochs / 50")
     warmup_start: Fraction = Field(0.005, description="first learning rate, as a share of the peak")
     final_lr: Fraction = Field(0.1, description="last learning rate, as a share of the peak")
+    label_smoothing: Fraction = Field(0.0, description="share of each target spread over all words; published: 0")
     ema_decay: Fraction = Field(0.0, description="moving average of the weights, such as 0.9999; 0: none is kept")
     impl: Literal["auto", "torch", "deepspeed_cpu", "deepspeed_fused"] = Field("auto", description="who runs AdamW")
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mvar.model.token_loss import TokenLosses
 from mvar.scales import ScalePyramid
 from mvar.tokenizer.quantizer import Quantizer
 
-ModelCall = Callable[..., Tensor]
-"""An MVAR, or the DeepSpeed engine around one: (labels_B, x_BLC, drop_path_DGB=...) -> logits_BLV."""
+ModelCall = Callable[..., Any]
+"""An MVAR, or the DeepSpeed engine around one, called for losses: see MVAR.forward."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Losses:
     """What one batch gave. All but `loss` are detached."""
 
     loss: Tensor
-    """Mean cross entropy over all tokens, nats, float32: what is minimised."""
+    """Mean over all tokens, nats, float32: what is minimised (with label smoothing, if there is any)."""
     loss_BS: Tensor
     """Sum of cross entropies over the tokens of each scale, float64."""
     correct_BS: Tensor
@@ -32,12 +33,15 @@ class Losses:
 
 
 class Objective:
-    """Codes and labels -> losses, through the frozen quantizer (no parameters of the run) and the model."""
+    """Codes and labels -> losses, through the frozen quantizer (no parameters of the run) and the model.
 
-    def __init__(self, quantizer: Quantizer, device: torch.device) -> None:
+    `label_smoothing` is for training: evaluation asks for plain cross entropies.
+    """
+
+    def __init__(self, quantizer: Quantizer, device: torch.device, label_smoothing: float = 0.0) -> None:
         self.pyramid = ScalePyramid(tuple(quantizer.patch_nums))
         self.quantizer = quantizer.to(device).requires_grad_(False).eval()
-        self.device = device
+        self.device, self.label_smoothing = device, label_smoothing
 
     def __call__(
         self, model: ModelCall, codes_BL: Tensor, labels_B: Tensor, drop_path_DGB: Tensor | None = None
@@ -47,10 +51,15 @@ class Objective:
         with torch.no_grad():
             x_BLC = self.quantizer.inputs_from_codes(codes_BL)
         drop = None if drop_path_DGB is None else drop_path_DGB.to(self.device)
-        logits_BLV = model(labels_B.to(self.device), x_BLC, drop_path_DGB=drop)
-        loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten(), reduction="none").view_as(codes_BL)
-        correct_BL = logits_BLV.detach().argmax(dim=-1) == codes_BL
-        return Losses(loss_BL.mean(), self._by_scale(loss_BL.detach()), self._by_scale(correct_BL))
+        found = model(
+            labels_B.to(self.device),
+            x_BLC,
+            drop_path_DGB=drop,
+            codes_BL=codes_BL,
+            label_smoothing=self.label_smoothing if torch.is_grad_enabled() else 0.0,
+        )
+        losses = TokenLosses(*found)
+        return Losses(losses.loss_BL.mean(), self._by_scale(losses.nll_BL), self._by_scale(losses.correct_BL))
 
     def _by_scale(self, values_BL: Tensor) -> Tensor:
         parts = torch.split(values_BL.double(), list(self.pyramid.lengths), dim=1)

@@ -72,7 +72,8 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         if found is not None:
             job = world.together(lambda: going_on(job, checkpoint.Record.read(found).progress))
         watchdog.feed()
-        engine = Engine(config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
+        objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
+        engine = Engine(config, job.model, job.plan, job.split, objective, world)
         watchdog.feed()
         done = begin(engine, run, job, world, found)
         history.going_on(done)

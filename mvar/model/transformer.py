@@ -21,6 +21,7 @@ from mvar.model.conditioning import ConditionedNorm, project, projection
 from mvar.model.mamba2 import HEAD_WIDTH, MambaBackend, MambaState
 from mvar.model.precision import WideEmbedding, WideLinear, compute_dtype
 from mvar.model.recompute import keeping_linears
+from mvar.model.token_loss import token_losses
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
 ActivationCheckpointing = Literal["off", "every", "selective"] | int
@@ -128,17 +129,21 @@ class MVAR(nn.Module):
         drop_path_DGB: Tensor | None = None,
         state: DecodeState | None = None,
         scales: range | None = None,
-    ) -> Tensor:
-        """Logits (B, L, V), wide, of every token of `scales`.
+        codes_BL: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Any:
+        """Logits (B, L, V), wide, of every token of `scales`; with `codes_BL`, the right words, their losses instead.
 
         `labels_B`: int64 classes; num_classes stands for "no class". `x_BLC`: (B, L, latent_channels) inputs of the
         tokens of `scales`, where the coarsest scale has none (None will do when it is alone). `drop_path_DGB`: (depth,
         3, B) multipliers of the residual branches. Without `state`, `scales` is the whole pyramid. With a fresh
-        DecodeState the scales may be given a few at a time, in order; each call leaves the state for the next.
+        DecodeState the scales may be given a few at a time, in order; each call leaves the state for the next. Losses:
+        the fields of `TokenLosses`, each (B, L), computed without all logits at once.
         """
         features_BLC = self.features(labels_B, x_BLC, drop_path_DGB=drop_path_DGB, state=state, scales=scales)
-        logits_BLV: Tensor = self.head(features_BLC)
-        return logits_BLV
+        if codes_BL is not None:
+            return token_losses(self.head, features_BLC, codes_BL, label_smoothing)
+        return self.head(features_BLC)
 
     def features(
         self,

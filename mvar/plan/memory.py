@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from mvar.model.mamba2 import EXPAND, HEAD_WIDTH, STATE
 from mvar.model.ssd import chunk_length
+from mvar.model.token_loss import CHUNK
 from mvar.plan.sizes import Sizes
 
 Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
@@ -222,7 +223,7 @@ class Activations:
     ends: int
     """Embeddings and the norm before the head."""
     logits: int
-    """fp32 logits, their log-softmax and its gradient."""
+    """fp32 logits, their log-softmax and its gradient, of the tokens that are worked on together."""
     working: int
     """Gradients of activations inside the block that the backward pass is at."""
 
@@ -292,7 +293,7 @@ def activations(sizes: Sizes, setup: Setup, micro_batch: int) -> Activations:
         blocks=(depth - again) * per_block + again * int(tokens * between),
         recomputed=per_block if again else 0,
         ends=ends,
-        logits=3 * W * tokens * sizes.model.vocab_size,
+        logits=3 * W * min(tokens, CHUNK) * sizes.model.vocab_size,
         working=tokens * C * (2 * 4 * setup.compute_bytes + 2 * W),
     )
 
@@ -300,7 +301,8 @@ def activations(sizes: Sizes, setup: Setup, micro_batch: int) -> Activations:
 def saved_for_backward(sizes: Sizes, setup: Setup, micro_batch: int) -> int:
     """What autograd holds at the end of the forward pass, beyond the parameters themselves."""
     found = activations(sizes, setup, micro_batch)
-    return found.blocks + found.ends + found.logits // 3 + 2 * _casts(sizes, setup, saved_only=True)
+    kept_logits = found.logits // 3 if micro_batch * sizes.tokens <= CHUNK else 0
+    return found.blocks + found.ends + kept_logits + 2 * _casts(sizes, setup, saved_only=True)
 
 
 def _conditioning(sizes: Sizes, setup: Setup, images: int) -> int:
