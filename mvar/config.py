@@ -157,6 +157,9 @@ class TrackingConfig(Section):
     sample_every: NonNegativeInt = Field(0, description="steps between sample grids; 0: none")
     sample_classes: PositiveInt = Field(8, description="rows of a sample grid")
     sample_per_class: PositiveInt = Field(8, description="columns of a sample grid")
+    peak_tflops: Literal["auto", "measure"] | PositiveFloat = Field(
+        "auto", description="of one GPU, for MFU: auto knows it by name; measure: torch.matmul at the start"
+    )
     wandb: Literal["offline", "online", "disabled"] = Field("offline", description="Weights & Biases")
     wandb_project: str = Field("mvar", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events under the run folder")

@@ -167,3 +167,28 @@ def _ahead(batches: Iterator[Batch], depth: int = 2) -> Generator[Batch, None, N
     finally:
         stopped.set()
         thread.join()
+
+
+class Feed:
+    """Hands out each step's micro-batches, one step ahead of their use.
+
+    So an error of reading (a damaged shard on one node) can be put to the vote of all ranks before any of them waits
+    for the others in the step that lacks its data.
+    """
+
+    def __init__(self, stream: Iterator[Batch], accumulation: int) -> None:
+        self._stream, self._accumulation = stream, accumulation
+        self.error: Exception | None = None
+        """Why the next step's batches are missing."""
+        self._ahead = self._read()
+
+    def take(self) -> list[Batch]:
+        batches, self._ahead = self._ahead, self._read()
+        return batches
+
+    def _read(self) -> list[Batch]:
+        try:
+            return [next(self._stream) for _ in range(self._accumulation)]
+        except Exception as error:
+            self.error = error
+            return []

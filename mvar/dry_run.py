@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from mvar import checkpoint, ds_config, launch, train
+from mvar import checkpoint, ds_config, launch
 from mvar.checkpoint import Progress
 from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit
 from mvar.errors import ConfigError
+from mvar.job import going_on, prepare, summary
 from mvar.lifecycle import RunFolder
 from mvar.plan.draw import gib
 from mvar.plan.memory import Kernels, Setup, memory
@@ -52,12 +53,12 @@ def dry_run(config: TrainConfig, ranks: int, rank: int = 0, *, pretended: bool =
         plan = Plan.of(config, data.images)
         print(f"dry run: {sizes.parameters:,} parameters, {data.images:,} training images ({data.text})")
     else:
-        job = train.prepare(config, ranks)
+        job = prepare(config, ranks)
         if done is not None:
-            job = train.going_on(job, done)
+            job = going_on(job, done)
         sizes, plan, images = Sizes.of(job.model), job.plan, job.store.split("train")
         data = Data(len(images), images.views, f"{images.views} views")
-        print(f"dry run: {train.summary(job, sizes.parameters, int(zero['stage']))}")
+        print(f"dry run: {summary(job, sizes.parameters, int(zero['stage']))}")
     by_torch = config.engine.precision == "fp32" or (not torch.cuda.is_available() and not pretended)
     kernels: Kernels = "cpu" if by_torch else "gpu"
     setup = Setup(

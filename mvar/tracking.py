@@ -3,7 +3,7 @@
 metrics.jsonl has one JSON object a line. All have `kind`, `step` (optimizer steps done) and `samples` (images seen).
 
     train       loss, loss_per_scale, accuracy, accuracy_per_scale, grad_norm, lr, weight_decay, skipped, imgs_per_s,
-                step_s, wait_s (of it, waiting for data), memory_gib; bad_samples and loss_scale where they apply
+                step_s, wait_s (of it, waiting for data), memory_gib; bad_samples, loss_scale and mfu where they apply
     val         images, loss, loss_per_scale, accuracy, accuracy_per_scale
     sample      file (relative to the run folder)
     checkpoint  seconds (from its beginning until it existed), stall_s (of it, training stood still)
@@ -126,7 +126,7 @@ class Console:
             f"{self._place(now)}  img {now['samples']:>9,}"
             f"  loss {_mean([record['loss'] for record in since])}  last {_mean(last_scale)}"
             f"  acc {100 * (now['accuracy'] or 0):5.2f}%  |g| {_show(now['grad_norm'])}  lr {now['lr']:.2e}"
-            f"  img/s {images / max(step_s, 1e-9):7.1f}  wait {wait:4.1f}%  mem {now['memory_gib']:5.1f}G"
+            f"  img/s {images / max(step_s, 1e-9):7.1f}{_mfu(now)}  wait {wait:4.1f}%  mem {now['memory_gib']:5.1f}G"
             f"  eta {_duration(left_s)}"
         )
         if now["skipped"]:
@@ -135,6 +135,10 @@ class Console:
 
     def close(self) -> None:
         pass
+
+
+def _mfu(record: Record) -> str:
+    return f"  mfu {100 * record['mfu']:4.1f}%" if record.get("mfu") else ""
 
 
 def _mean(values: list[float | None]) -> str:
@@ -254,7 +258,7 @@ class Guarded:
 
 
 class Tracker:
-    """Hands each record to every sink. On ranks other than 0 it is silent."""
+    """Hands each record to every sink. On ranks other than 0 it is silent. `console`: instead of the transformer's."""
 
     def __init__(
         self,
@@ -266,6 +270,7 @@ class Tracker:
         last_step: int,
         samples_at: Callable[[int], int],
         settings: Mapping[str, Any],
+        console: Sink | None = None,
     ) -> None:
         self._samples_at = samples_at
         self._sinks: list[Sink] = []
@@ -273,7 +278,7 @@ class Tracker:
         if not is_main:
             return
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
-        self._sinks = [self._lines, Console(config.log_every, last_step)]
+        self._sinks = [self._lines, console or Console(config.log_every, last_step)]
         if config.wandb != "disabled":
             self._sinks.append(Guarded("wandb", lambda: WeightsAndBiases(folder, config, settings)))
         if config.tensorboard:

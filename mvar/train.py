@@ -10,11 +10,8 @@ Exit codes: 0 finished, 2 wrong use, 75 stopped on purpose with a checkpoint sav
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
 import math
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,27 +22,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import mvar
-from mvar import checkpoint, ds_config, launch
-from mvar.checkpoint import Identity, Progress
+from mvar import checkpoint, launch
 from mvar.cli import run_command
-from mvar.config import ModelConfig, TrainConfig, describe, dump, load
-from mvar.data import Batch, TrainStream, eval_batches
-from mvar.ds_config import BatchSplit
+from mvar.config import TrainConfig, describe, dump, load
+from mvar.data import Feed, eval_batches
 from mvar.engine import Averages, Engine, StepResult
-from mvar.errors import ConfigError, MvarError, TokenizerError, TrainingError
+from mvar.errors import ConfigError, MvarError, TrainingError
 from mvar.history import History
 from mvar.images import grid, save_png, to_uint8
+from mvar.job import Job, going_on, prepare, summary
 from mvar.launch import World
 from mvar.lifecycle import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
+from mvar.mfu import Utilisation
 from mvar.objective import Objective
-from mvar.plan.room import require_room
 from mvar.sampler import generate
 from mvar.saver import Saved, Saver
 from mvar.schedule import Plan, Stretch
 from mvar.stability import DivergedError, Stability
-from mvar.store import MANIFEST, CodeStore
-from mvar.tokenizer.files import load_tokenizer, sha256_of
+from mvar.tokenizer.files import load_tokenizer
 from mvar.tracking import Stopwatch, Tracker, memory_gib
 from mvar.weights import initial_values
 
@@ -67,6 +61,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
             if world.is_main:
                 print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
             return EXIT_FINISHED
+        stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
         found = choose_checkpoint(run, job, world, change_batch=change_batch)
         if found is not None:
@@ -77,53 +72,57 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         watchdog.feed()
         done = begin(engine, run, job, world, found)
         history.going_on(done)
-        stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
+        utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
+        started = Started(engine, run, world, history, stops, watchdog, ours, utilisation)
         for left in range(config.engine.max_rollbacks, -1, -1):
             try:
-                with training(engine, run, job, world, done) as (tracker, saver, feed):
-                    stability = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas)
-                    whole = Training(
-                        engine, run, job, tracker, saver, history, world, stops, feed, watchdog, ours, stability
-                    )
-                    return whole.loop(done)
+                with training(started, job, done) as opened:
+                    return opened.loop(done)
             except DivergedError as bad:
                 world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
                 job, done = go_back(engine, run, job, world, bad)
         raise AssertionError("the last round returns or raises")
 
 
-@contextmanager
-def training(
-    engine: Engine, run: RunFolder, job: Job, world: World, done: int
-) -> Iterator[tuple[Tracker, Saver, Feed]]:
-    """What is opened to train from `done` steps on, and closed again."""
-    with ExitStack() as stack:
-        tracker = stack.enter_context(open_tracker(run, job, world, done))
-        shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": job.config.global_batch}
-        tracker.write("resume", done, **shape, last_step=job.plan.last_step)
-        saver = Saver(run.checkpoints, engine.partition, world, job.identity, job.config.checkpoint)
-        stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
-        feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
-        world.raise_together(feed.error)
-        yield tracker, saver, feed
-
-
 @dataclass(frozen=True)
-class Training:
-    """What the loop works with. Methods are called by all ranks together."""
+class Started:
+    """What lasts from a process's start to its end."""
 
     engine: Engine
     run: RunFolder
-    job: Job
-    tracker: Tracker
-    saver: Saver
-    history: History
     world: World
+    history: History
     stops: StopRequests
-    feed: Feed
     watchdog: Watchdog
     ours: Callable[[], bool]
     """Whether the run folder is still this job's."""
+    utilisation: Utilisation | None
+
+
+@contextmanager
+def training(started: Started, job: Job, done: int) -> Iterator[Training]:
+    """Open what is needed to train from `done` steps on, and close it again."""
+    engine, world, config = started.engine, started.world, job.config
+    with ExitStack() as stack:
+        tracker = stack.enter_context(open_tracker(started.run, job, world, done))
+        shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": config.global_batch}
+        tracker.write("resume", done, **shape, last_step=job.plan.last_step)
+        stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
+        feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
+        world.raise_together(feed.error)
+        saver = Saver(started.run.checkpoints, engine.partition, world, job.identity, config.checkpoint)
+        stability = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas)
+        yield Training(**vars(started), job=job, tracker=tracker, saver=saver, feed=feed, stability=stability)
+
+
+@dataclass(frozen=True)
+class Training(Started):
+    """What the loop works with. Methods are called by all ranks together."""
+
+    job: Job
+    tracker: Tracker
+    saver: Saver
+    feed: Feed
     stability: Stability
 
     def loop(self, done: int) -> int:
@@ -209,7 +208,10 @@ class Training:
 
     def track(self, done: int, result: StepResult, watch: Stopwatch) -> None:
         step_s, averages = watch.seconds(), result.averages
+        imgs_per_s = averages.images / step_s
         optional: dict[str, object] = {"bad_samples": result.bad_samples[:64], "loss_scale": result.loss_scale}
+        if self.utilisation is not None:
+            optional["mfu"] = self.utilisation.of(imgs_per_s)
         self.tracker.write(
             "train",
             done,
@@ -218,7 +220,7 @@ class Training:
             lr=result.lr,
             weight_decay=result.weight_decay,
             skipped=result.skipped,
-            imgs_per_s=averages.images / step_s,
+            imgs_per_s=imgs_per_s,
             step_s=step_s,
             wait_s=watch.waited_s,
             memory_gib=memory_gib(self.world.device),
@@ -263,31 +265,6 @@ class Training:
         self.tracker.write("sample", done, file=name)
 
 
-class Feed:
-    """Hands out each step's micro-batches, one step ahead of their use.
-
-    So an error of reading (a damaged shard on one node) can be put to the vote of all ranks before any of them waits
-    for the others in the step that lacks its data.
-    """
-
-    def __init__(self, stream: Iterator[Batch], accumulation: int) -> None:
-        self._stream, self._accumulation = stream, accumulation
-        self.error: Exception | None = None
-        """Why the next step's batches are missing."""
-        self._ahead = self._read()
-
-    def take(self) -> list[Batch]:
-        batches, self._ahead = self._ahead, self._read()
-        return batches
-
-    def _read(self) -> list[Batch]:
-        try:
-            return [next(self._stream) for _ in range(self._accumulation)]
-        except Exception as error:
-            self.error = error
-            return []
-
-
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -299,69 +276,6 @@ def losses_of(averages: Averages) -> dict[str, object]:
         "accuracy": averages.accuracy,
         "accuracy_per_scale": averages.accuracy_per_scale,
     }
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that follows from configuration, store and number of ranks."""
-
-    config: TrainConfig
-    model: ModelConfig
-    """With the number of classes."""
-    store: CodeStore
-    store_sha256: str
-    plan: Plan
-    split: BatchSplit
-    stream: TrainStream
-
-    @property
-    def identity(self) -> Identity:
-        return Identity(self.config, self.model, self.store_sha256, versions())
-
-
-def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> Job:
-    """Open and check what the run needs, before anything is allocated. `ranks_here`: those of this machine.
-
-    Raises MvarError.
-    """
-    split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
-    tree = ds_config.resolve(config, split)
-    store = CodeStore.open(config.data.store, reader=config.data.reader, stage=config.data.stage)
-    store.require_geometry(config.model.patch_nums, config.model.vocab_size, config.model.latent_channels)
-    labelled = len(store.manifest.classes)
-    classes = config.model.num_classes or labelled
-    if classes < labelled:
-        raise ConfigError(
-            f"model.num_classes {classes}: the code store {config.data.store} has {labelled} classes."
-            " Leave the key out to take the store's number."
-        )
-    model = config.model.model_copy(update={"num_classes": classes})
-    require_room(config, model, tree["zero_optimization"], ranks, ranks_here)
-    if config.tracking.sample_every:
-        check_tokenizer(config, store)
-    return Job(
-        config=config,
-        model=model,
-        store=store,
-        store_sha256=hashlib.sha256((store.folder / MANIFEST).read_bytes()).hexdigest(),
-        plan=Plan.of(config, len(store.split("train"))),
-        split=split,
-        stream=TrainStream(store.split("train"), config.seed, config.global_batch),
-    )
-
-
-def check_tokenizer(config: TrainConfig, store: CodeStore) -> None:
-    path = config.data.tokenizer
-    if path is None:
-        raise ConfigError("tracking.sample_every needs data.tokenizer, the tokenizer that the store was made with.")
-    if not path.is_file():
-        raise TokenizerError(f"data.tokenizer {path}: no such file. Give the tokenizer that the store was made with.")
-    ours, theirs = sha256_of(path), store.manifest.tokenizer.sha256
-    if ours != theirs:
-        raise TokenizerError(
-            f"data.tokenizer {path} (sha256 {ours[:12]}) did not make the code store {store.folder} ({theirs[:12]})."
-            " Its pictures would be noise. Give the one that did, or set tracking.sample_every=0."
-        )
 
 
 def claim(run: RunFolder, config: TrainConfig, world: World) -> AbstractContextManager[Callable[[], bool]]:
@@ -379,22 +293,16 @@ def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: b
     return found
 
 
-def going_on(job: Job, progress: Progress) -> Job:
-    """The job with the plan of a run that has come so far, perhaps with another global batch from here on."""
-    batch = job.config.global_batch
-    stretches = progress.stretches
-    if not stretches or stretches[-1].global_batch != batch:
-        stretches += (Stretch(progress.step, progress.samples, batch),)
-    return replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
-
-
 def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | None) -> int:
     """Take up a checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
     if found is not None:
         done, where = engine.restore(found), f"going on from {found.name}"
     else:
         source = job.config.init_from
-        engine.initialise(world.together(lambda: initial_values(source, job.model)) if source else None)
+        if source is None:
+            engine.initialise()
+        else:
+            engine.initialise(world.together(lambda: initial_values(source, job.model, digests=world.is_main)))
         done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
     if world.is_main:
         run.finished.unlink(missing_ok=True)
@@ -446,28 +354,6 @@ def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:
         last_step=job.plan.last_step,
         samples_at=job.plan.samples,
         settings=job.config.model_dump(mode="json"),
-    )
-
-
-def versions() -> dict[str, str]:
-    return {
-        "mvar": mvar.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "deepspeed": importlib.metadata.version("deepspeed"),
-    }
-
-
-def summary(job: Job, parameters: int, stage: int) -> str:
-    plan, split, config = job.plan, job.split, job.config
-    return (
-        f"{parameters:,} parameters, {job.model.num_classes} classes,"
-        f" {len(job.store.split('train')):,} training and {len(job.store.split('val')):,} validation images\n"
-        f"  {plan.last_step:,} steps of {split.global_batch} images = {split.ranks} ranks x {split.micro_batch}"
-        f" x {split.accumulation} accumulated; {plan.warmup_steps:,} of {plan.total_steps:,} steps warm up"
-        f" to lr {plan.peak_lr:.3g}\n"
-        f"  ZeRO stage {stage}, {config.engine.precision}, {torch.get_num_threads()} CPU threads a rank;"
-        f" accuracy is per token: 4-6 % is normal with 4,096 words"
     )
 
 

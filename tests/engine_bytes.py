@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvar import train
 from mvar.config import TrainConfig
 from mvar.engine import Engine
+from mvar.job import prepare
 from mvar.launch import World
 from mvar.objective import Objective
 
@@ -120,7 +120,7 @@ def measure(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_one(world: World, config: TrainConfig) -> dict[str, Any]:
-    job = train.prepare(config, world.size)
+    job = prepare(config, world.size)
     objective = Objective(job.store.quantizer(), world.device)
     batches = [job.stream.batch(0, world.rank * job.split.micro_batch, job.split.micro_batch)] * job.split.accumulation
     before = everything_alive()

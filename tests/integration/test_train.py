@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mvar import train
 from mvar.checkpoint import save
 from mvar.cli import main as cli
 from mvar.config import TrainConfig
 from mvar.data import Batch, eval_batches
 from mvar.engine import Engine
+from mvar.job import Job, prepare
 from mvar.launch import World
 from mvar.lifecycle import RunFolder
 from mvar.objective import Losses, Objective
@@ -37,20 +37,20 @@ def trees(folder: Path, store: Path, cases: dict[str, dict[str, Any]]) -> dict[s
     }
 
 
-def build(world: World, tree: dict[str, Any]) -> tuple[Engine, train.Job]:
-    job = train.prepare(TrainConfig.model_validate(tree), world.size)
+def build(world: World, tree: dict[str, Any]) -> tuple[Engine, Job]:
+    job = prepare(TrainConfig.model_validate(tree), world.size)
     engine = Engine(job.config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
     return engine, job
 
 
-def batches_of(job: train.Job, world: World, step: int) -> list[Batch]:
+def batches_of(job: Job, world: World, step: int) -> list[Batch]:
     """This rank's micro-batches of a step, read here and now."""
     micro, share = job.split.micro_batch, job.config.global_batch // world.size
     starts = range(world.rank * share, (world.rank + 1) * share, micro)
     return [job.stream.batch(step * job.config.global_batch, start, micro) for start in starts]
 
 
-def run_steps(engine: Engine, job: train.Job, world: World, first: int, last: int) -> list[float]:
+def run_steps(engine: Engine, job: Job, world: World, first: int, last: int) -> list[float]:
     return [engine.step(step, batches_of(job, world, step)).averages.loss for step in range(first, last)]
 
 

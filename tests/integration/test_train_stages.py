@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from mvar import checkpoint, train
+from mvar import checkpoint
 from mvar.checkpoint import Reader, save
 from mvar.config import TrainConfig
 from mvar.engine import Engine, parameter_groups
+from mvar.job import Job, prepare
 from mvar.launch import World
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR, drop_path_rates
@@ -33,13 +34,13 @@ OTHER = {"0": "1", "1": "2", "2": "0", "3": "2"}
 """Stage -> the stage whose checkpoint it also goes on from."""
 
 
-def build(world: World, tree: dict[str, Any]) -> tuple[Engine, train.Job]:
-    job = train.prepare(TrainConfig.model_validate(tree), world.size)
+def build(world: World, tree: dict[str, Any]) -> tuple[Engine, Job]:
+    job = prepare(TrainConfig.model_validate(tree), world.size)
     objective = Objective(job.store.quantizer(), world.device)
     return Engine(job.config, job.model, job.plan, job.split, objective, world), job
 
 
-def run_steps(engine: Engine, job: train.Job, world: World, first: int, last: int) -> list[list[float]]:
+def run_steps(engine: Engine, job: Job, world: World, first: int, last: int) -> list[list[float]]:
     """[loss, gradient norm] of each step."""
     found = []
     stream = job.stream.rank_batches(first * job.config.global_batch, world.rank, world.size, job.split.micro_batch)
@@ -80,7 +81,7 @@ def train_stages(world: World, trees: dict[str, dict[str, Any]], folder: str) ->
 def plain_pytorch(tree: TrainConfig) -> list[float]:
     """The same training with nothing but torch, the whole global batch at once. Returns the losses."""
     torch.manual_seed(0)
-    job = train.prepare(tree, 1)
+    job = prepare(tree, 1)
     assert job.model.num_classes is not None
     model = MVAR.from_config(job.model, num_classes=job.model.num_classes)
     init_weights_(model, tree.seed)
