@@ -367,6 +367,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file, such as recipes/d16.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
     parser.add_argument("--from-scratch", action="store_true", help="move what is in the run folder aside and begin")
+    parser.add_argument(
+        "--trust-sizes", action="store_true", help="resume without reading digests (checkpoint.trust_sizes=true)"
+    )
     parser.add_argument("--change-batch", action="store_true", help="go on with another global_batch than before")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes and steps, and end")
     parser.add_argument("--pretend-world", type=int, metavar="N", help="with --dry-run: as if N ranks were started")
@@ -379,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     main_rank = launch.rank_hint(os.environ) == 0
     try:
-        config = load(TrainConfig, args.config, args.overrides)
+        config = load(TrainConfig, args.config, args.overrides + ["checkpoint.trust_sizes=true"] * args.trust_sizes)
         if args.pretend_world is not None and (not args.dry_run or args.pretend_world < 1):
             raise ConfigError("--pretend-world: expected 1 or more ranks, together with --dry-run.")
         if args.dry_run:

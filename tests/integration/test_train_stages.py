@@ -16,6 +16,7 @@ import torch
 
 from mvar import checkpoint
 from mvar.checkpoint import Reader, save
+from mvar.cli import main as mvar
 from mvar.config import TrainConfig
 from mvar.engine import Engine, parameter_groups
 from mvar.job import Job, prepare
@@ -25,6 +26,7 @@ from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.objective import Objective
 from mvar.partition import KINDS
 from mvar.randomness import drop_path, label_drop
+from mvar.weights import load_weights
 from tests.code_stores import make_store
 from tests.distributed import run_ranks
 from tests.tiny_runs import STAGES, config
@@ -162,6 +164,19 @@ def test_restored_weights_and_moments_are_the_saved_bits(trained: Trained) -> No
 def test_every_stage_begins_with_the_same_weights(trained: Trained) -> None:
     first = [result["whole"][0] for result in trained.results.values()]
     assert all(entry == pytest.approx(first[0], abs=1e-7) for entry in first)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_any_stage_is_exported_without_the_ranks_that_wrote_it(
+    trained: Trained, tmp_path: Path, stage: int
+) -> None:
+    folder = checkpoint.folder_of(trained.folder / f"stage{stage}", SAVED_AT)
+    assert mvar(["export", "--weights", str(folder), "--out", str(tmp_path / "model.safetensors")]) == 0
+    saved = Reader(folder)
+    _, exported = load_weights(tmp_path / "model.safetensors")
+    assert exported.keys() == saved.record.shapes.keys()
+    for name, shape in saved.record.shapes.items():
+        assert torch.equal(exported[name].flatten(), saved.read(name, "weight", 0, torch.Size(shape).numel()))
 
 
 def train_cases(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
