@@ -52,6 +52,7 @@ class Cluster:
             "NODES": str(nodes),
             "PORT": str(free_ports(nodes + 1)),
             "QUICKFAIL": "1",
+            "GRACE": "15",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ class Chain:
         self.environ = {"MVAR_LAUNCH": str(HERE / "paced.sh")} | (environ or {})
         self.id = self.submit(*options, nodes=nodes, per_node=per_node, jobs=jobs)
 
-    def submit(self, *options: str, nodes: int = 2, per_node: int = 1, jobs: int = 3) -> str:
+    def submit(self, *options: str, nodes: int = 2, per_node: int = 1, jobs: int = 3, words: Sequence[str] = ()) -> str:
         shape = [f"--nodes={nodes}", f"--ntasks-per-node={per_node}", f"--gpus-per-node={per_node}"]
         array = ["--cpus-per-task=1", "--time=10", f"--array=1-{jobs}%1", *options]
-        arguments = ["--config", self.config, f"run={self.run.name}"]
+        arguments = ["--config", self.config, f"run={self.run.name}", *words]
         return self.cluster.sbatch(*shape, *array, TRAIN, *arguments, cwd=self.folder, **self.environ)
 
     def reach(self, step: int) -> None:
@@ -181,6 +182,7 @@ def test_a_node_that_loses_power_and_is_back_before_anybody_looks(
     cluster.start()
     chain.finish()
     assert chain.losses() == curve[:STEPS]
+    assert len(chain.starts()) == 2 and chain.starts()[1] >= 20
 
 
 def test_a_restarted_controller_disturbs_nothing(
@@ -263,8 +265,11 @@ def test_stop_file_then_one_node_then_four(cluster: Cluster, tmp_path: Path, sto
     cluster.wait(chain.id)
     assert "got SIGUSR1" in train_log(chain.run) and "Submit again to go on" in train_log(chain.run)
 
-    chain.id = chain.submit(nodes=4, jobs=2)
+    # A shorter time between checkpoints is a change of the configuration: only a new snapshot takes it up.
+    chain.id = chain.submit(nodes=4, jobs=2, words=["checkpoint.every_steps=9", "--resnapshot"])
     chain.finish()
+    kept = [(chain.run / name / "config.yaml").read_text() for name in ("snapshot-1", "snapshot")]
+    assert "every_steps: 20" in kept[0] and "every_steps: 9" in kept[1]
     assert chain.losses() == pytest.approx(curve[:STEPS], abs=1e-5)
     assert [record["world"] for record in records(chain.run, "resume")] == [2, 1, 4]
     assert chain.actions() == ["stop", "next", "finished"]
