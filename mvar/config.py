@@ -98,6 +98,13 @@ class OptimConfig(Section):
     warmup_epochs: NonNegativeFloat | None = Field(None, description="default: epochs / 50")
     warmup_start: Fraction = Field(0.005, description="first learning rate, as a share of the peak")
     final_lr: Fraction = Field(0.1, description="last learning rate, as a share of the peak")
+    progressive: Fraction = Field(
+        0.0, description="share of the run by which all scales are learned, the finer ones later; 0: all from the start"
+    )
+    progressive_scales: PositiveInt = Field(5, description="with progressive: scales learned from the start")
+    progressive_warmup_epochs: NonNegativeFloat = Field(
+        0.0, description="with progressive: a new scale's loss grows to its full weight over so many epochs"
+    )
     label_smoothing: Fraction = Field(0.0, description="share of each target spread over all words; published: 0")
     ema_decay: Fraction = Field(0.0, description="moving average of the weights, such as 0.9999; 0: none is kept")
     impl: Literal["auto", "torch", "deepspeed_cpu", "deepspeed_fused"] = Field("auto", description="who runs AdamW")

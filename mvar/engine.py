@@ -156,7 +156,7 @@ class Engine:
         grad_norm, applied = self._update()
         if applied and self.config.optim.ema_decay:
             self.partition.average(self.config.optim.ema_decay)
-        averages, bad, counts = self._agree(found, batches, votes)
+        averages, bad, counts = self._agree(found, batches, votes, self.plan.lesson(step).scales)
         self.skipped_steps += not applied
         scale = float(self._scaler.cur_scale) if self._scaler is not None else None
         return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, counts)
@@ -175,7 +175,7 @@ class Engine:
         drop_path_DGB = None
         if any(self._rates_D):
             drop_path_DGB = torch.from_numpy(randomness.drop_path(seed, step, batch.positions_B, self._rates_D))
-        return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB)
+        return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB, self.plan.lesson(step))
 
     def _update(self) -> tuple[float | None, bool]:
         """Clip and step, unless the gradient is not finite: its norm, and whether the update was made.
@@ -196,7 +196,7 @@ class Engine:
         return (norm if math.isfinite(norm) and norm >= 0 else None), bool(self._engine.was_step_applied())
 
     def _agree(
-        self, found: list[Losses], batches: Sequence[Batch], votes: Sequence[bool]
+        self, found: list[Losses], batches: Sequence[Batch], votes: Sequence[bool], scales: int
     ) -> tuple[Averages, list[int], tuple[int, ...]]:
         """One sum over ranks a step: losses, whether anybody has a bad sample, and the votes."""
         loss_BS = torch.cat([losses.loss_BS for losses in found])
@@ -209,7 +209,7 @@ class Engine:
         if counts[0] > 0:
             indices_B = np.concatenate([batch.indices_B for batch in batches])[bad_B.cpu().numpy()]
             bad = [int(index) for part in self.world.gather(indices_B.tolist()) for index in part]
-        return self._averages(losses, counts[1]), bad, tuple(counts[2:])
+        return self._averages(losses, counts[1], scales), bad, tuple(counts[2:])
 
     def worst_samples(self, count: int) -> list[int]:
         """Samples (numbers in the train split) of the last step with the highest losses over all ranks, worst first."""
@@ -219,8 +219,10 @@ class Engine:
         pairs = [pair for part in self.world.gather(list(zip(loss_B, indices_B, strict=True))) for pair in part]
         return [index for _, index in sorted(pairs, key=lambda pair: -pair[0])[:count]]
 
-    def _averages(self, sums_2S: Tensor, images: int) -> Averages:
+    def _averages(self, sums_2S: Tensor, images: int, scales: int | None = None) -> Averages:
+        """`scales`: how many were learned from; those to come have no averages (NaN)."""
         lengths_S = torch.tensor(self.objective.pyramid.lengths, dtype=torch.float64)
+        lengths_S[len(lengths_S) if scales is None else scales :] = 0
         loss_S, correct_S = sums_2S.view(2, -1) / max(images, 1)
         return Averages(
             images=images,

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvar.model.token_loss import TokenLosses
 from mvar.scales import ScalePyramid
+from mvar.schedule import Lesson
 from mvar.tokenizer.quantizer import Quantizer
 
 ModelCall = Callable[..., Any]
@@ -44,23 +46,39 @@ class Objective:
         self.device, self.label_smoothing = device, label_smoothing
 
     def __call__(
-        self, model: ModelCall, codes_BL: Tensor, labels_B: Tensor, drop_path_DGB: Tensor | None = None
+        self,
+        model: ModelCall,
+        codes_BL: Tensor,
+        labels_B: Tensor,
+        drop_path_DGB: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> Losses:
-        """`codes_BL`, `labels_B`: int64, labels already dropped; `drop_path_DGB`: see MVAR.forward."""
+        """`codes_BL`, `labels_B`: int64, labels already dropped; `drop_path_DGB`: see MVAR.forward.
+
+        `lesson`: with fewer scales than there are, only their tokens are computed; other sums are 0.
+        """
         codes_BL = codes_BL.to(self.device)
+        lesson = lesson or Lesson(self.pyramid.num_scales)
+        begin, end = (self.pyramid.offsets[scale] for scale in (lesson.scales - 1, lesson.scales))
         with torch.no_grad():
-            x_BLC = self.quantizer.inputs_from_codes(codes_BL)
+            x_BLC = self.quantizer.inputs_from_codes(codes_BL)[:, : end - self.pyramid.lengths[0]]
         drop = None if drop_path_DGB is None else drop_path_DGB.to(self.device)
         found = model(
             labels_B.to(self.device),
             x_BLC,
             drop_path_DGB=drop,
-            codes_BL=codes_BL,
+            scales=range(lesson.scales),
+            codes_BL=codes_BL[:, :end],
             label_smoothing=self.label_smoothing if torch.is_grad_enabled() else 0.0,
         )
         losses = TokenLosses(*found)
-        return Losses(losses.loss_BL.mean(), self._by_scale(losses.nll_BL), self._by_scale(losses.correct_BL))
+        loss = losses.loss_BL.mean()
+        if end < self.pyramid.total:  # The mean over all tokens, of which those of the scales to come count nothing.
+            newest, known = losses.loss_BL[:, begin:].sum(), losses.loss_BL[:, :begin].sum()
+            loss = (known + lesson.newest_weight * newest) / codes_BL.numel()
+        return Losses(loss, self._by_scale(losses.nll_BL), self._by_scale(losses.correct_BL))
 
     def _by_scale(self, values_BL: Tensor) -> Tensor:
-        parts = torch.split(values_BL.double(), list(self.pyramid.lengths), dim=1)
+        values_BL = F.pad(values_BL.double(), (0, self.pyramid.total - values_BL.shape[1]))
+        parts = torch.split(values_BL, list(self.pyramid.lengths), dim=1)
         return torch.stack([part.sum(dim=1) for part in parts], dim=1)

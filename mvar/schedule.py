@@ -29,6 +29,40 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a step learns from: the first `scales` scales, the loss of the finest of them times `newest_weight`."""
+
+    scales: int
+    newest_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Progression:
+    """Progressive training (as in the published code's options): finer scales join one by one.
+
+    The first `begin` scales until warm-up ends, all of `scales` from `share` of the run on, evenly between. A new
+    scale's loss grows from a hundredth to its full weight over `ramp_steps`.
+    """
+
+    scales: int
+    begin: int
+    share: float
+    ramp_steps: float
+
+    def lesson(self, when: float, warmup_steps: int, total_steps: int) -> Lesson:
+        """At `when`, in steps."""
+        missing = self.scales - self.begin
+        span = total_steps * self.share - warmup_steps
+        if not self.share or missing <= 0 or span <= 0:
+            return Lesson(self.scales)
+        joined = min(max(round((when - warmup_steps) / span * missing), 0), missing)
+        if not joined or joined == missing or not self.ramp_steps:
+            return Lesson(self.begin + joined)
+        since = when - (warmup_steps + (joined - 0.5) / missing * span)
+        return Lesson(self.begin + joined, min(max(since / self.ramp_steps, 0.01), 1.0))
+
+
+@dataclass(frozen=True)
 class Plan:
     """How long a run is and how its learning rate and weight decay go.
 
@@ -51,6 +85,7 @@ class Plan:
     schedule: str
     weight_decay: float
     weight_decay_end: float
+    progression: Progression
 
     @classmethod
     def of(cls, config: TrainConfig, images: int, stretches: tuple[Stretch, ...] = ()) -> Plan:
@@ -79,6 +114,12 @@ class Plan:
             schedule=optim.schedule,
             weight_decay=optim.weight_decay,
             weight_decay_end=optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end,
+            progression=Progression(
+                scales=len(config.model.patch_nums),
+                begin=optim.progressive_scales,
+                share=optim.progressive,
+                ramp_steps=optim.progressive_warmup_epochs * images / batch,
+            ),
         )
 
     def samples(self, step: int) -> int:
@@ -99,6 +140,10 @@ class Plan:
     def decay(self, step: int) -> float:
         """Weight decay of `step` (0-based) for parameters that decay."""
         return weight_decay(self._position(step), self.total_steps, self.weight_decay, self.weight_decay_end)
+
+    def lesson(self, step: int) -> Lesson:
+        """What `step` (0-based) learns from."""
+        return self.progression.lesson(self._position(step), self.warmup_steps, self.total_steps)
 
     def _position(self, step: int) -> float:
         """Steps of the present global batch that the images seen before `step` would have made."""

@@ -34,6 +34,7 @@ class Stability:
     def __init__(self, max_bad_steps: int, spike_sigmas: float) -> None:
         self._limit, self._sigmas = max_bad_steps, spike_sigmas
         self._bad_in_a_row = 0
+        self._scales = 0
         self._usual: dict[str, deque[float]] = {"loss": deque(maxlen=WINDOW), "gradient norm": deque(maxlen=WINDOW)}
 
     def judge(self, step: int, result: StepResult) -> str | None:
@@ -51,6 +52,11 @@ class Stability:
         if result.skipped:
             overflowed = result.loss_scale is not None and not result.bad_samples
             return None if overflowed else "loss or gradient is not finite"  # fp16 looks for its loss scale.
+        scales = sum(math.isfinite(loss) for loss in result.averages.loss_per_scale)
+        if scales != self._scales:  # Progressive training: with a new scale, other losses are usual.
+            self._scales = scales
+            for known in self._usual.values():
+                known.clear()
         measured = {"loss": result.averages.loss, "gradient norm": result.grad_norm or 0.0}
         for name, value in measured.items():
             usual = self._usual[name]

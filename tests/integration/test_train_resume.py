@@ -177,6 +177,19 @@ def test_a_deliberate_change_of_the_global_batch_keeps_the_place_in_data_and_sch
     assert "nothing is left to do" in finish(tmp_path, config, 1, "global_batch=16")
 
 
+def test_scales_may_join_one_by_one_also_over_a_kill(tmp_path: Path, store: Path) -> None:
+    grows = {"optim__progressive": 0.8, "optim__progressive_scales": 1, "optim__progressive_warmup_epochs": 0.5}
+    expected = undisturbed(tmp_path, store, 1, **grows)
+    seen = [sum(x is not None for x in r["loss_per_scale"]) for r in records(tmp_path / "undisturbed")]
+    assert seen == sorted(seen) and set(seen) == {1, 2, 3} and seen[:3] == [1, 1, 1] and seen[-5:] == [3] * 5
+    assert [r["kind"] for r in records(tmp_path / "undisturbed", "spike")] == []
+    config, run = write_config(tmp_path, store, "killed", stage=3, engine__micro_batch=2, **grows), tmp_path / "killed"
+    job = start(tmp_path, config, 2)
+    when(job, run, 12, job.kill)
+    finish(tmp_path, config, 2)
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+
+
 def test_data_that_nothing_divides_is_used_to_the_last_image(tmp_path: Path) -> None:
     """23 images, batches of 6 over 3 ranks, 2.5 epochs: batches reach over the ends of epochs, nothing is dropped."""
     odd = make_store(tmp_path / "odd", train=23, val=5)

@@ -83,3 +83,22 @@ def test_shortest_runs_have_a_finite_rate(kind: str) -> None:
             for step in range(total):
                 assert 0 < lr_share(step, total, warmup, 0.005, 0.1, kind) <= 1
     assert weight_decay(0, 1, 0.05, 0.08) == pytest.approx(0.05)
+
+
+def test_finer_scales_join_one_by_one_between_warm_up_and_the_given_share() -> None:
+    config = {"optim": {"progressive": 0.5, "progressive_scales": 7, "warmup_epochs": 0.2}, "epochs": 10}
+    made = plan(images=1000, **config)  # 100 steps, 2 of warm-up; all ten scales from step 50 on
+    scales = [made.lesson(step).scales for step in range(100)]
+    assert scales[:2] == [7, 7] and scales == sorted(scales) and scales[50:] == [10] * 50
+    assert [scales.index(count) for count in (8, 9, 10)] == [11, 26, 43]
+    assert {made.lesson(step).newest_weight for step in range(100)} == {1.0}
+    assert plan().lesson(0).scales == plan().lesson(19).scales == 10
+
+
+def test_a_new_scale_gains_weight_over_its_ramp() -> None:
+    optim = {"progressive": 0.5, "progressive_scales": 7, "warmup_epochs": 0.2, "progressive_warmup_epochs": 0.8}
+    made = plan(images=1000, optim=optim, epochs=10)  # A ramp of 8 steps.
+    weights = [made.lesson(step).newest_weight for step in range(10, 26)]
+    assert weights[0] == 1.0 and weights[1] < 0.2 and weights[9] == 1.0  # From step 11 to 19.
+    assert weights[1:10] == sorted(weights[1:10])
+    assert made.lesson(60).newest_weight == 1.0
