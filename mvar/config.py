@@ -107,7 +107,9 @@ class OptimConfig(Section):
     )
     label_smoothing: Fraction = Field(0.0, description="share of each target spread over all words; published: 0")
     ema_decay: Fraction = Field(0.0, description="moving average of the weights, such as 0.9999; 0: none is kept")
-    impl: Literal["auto", "torch", "deepspeed_cpu", "deepspeed_fused"] = Field("auto", description="who runs AdamW")
+    impl: Literal["auto", "torch", "deepspeed_cpu", "deepspeed_fused", "apex"] = Field(
+        "auto", description="who runs AdamW: torch fused, DeepSpeed, or NVIDIA apex"
+    )
 
 
 class EngineConfig(Section):

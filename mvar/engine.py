@@ -314,7 +314,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW as `optim.impl` says; `auto` is torch's fused one, or DeepSpeed's for the CPU where moments are offloaded.
 
-    Raises BackendError where DeepSpeed's extension cannot be compiled.
+    Raises BackendError where DeepSpeed's extension cannot be compiled, or NVIDIA apex is not installed.
     """
     impl = optim.impl
     if impl == "auto":
@@ -322,6 +322,8 @@ def make_optimizer(
     settings: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": optim.eps}
     if impl == "torch":
         return torch.optim.AdamW(groups, fused=True, **settings)
+    if impl == "apex":
+        return _apex_adam(groups, settings)
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     try:
@@ -333,3 +335,15 @@ def make_optimizer(
             f"optim.impl {impl}: DeepSpeed's extension cannot be compiled here ({type(error).__name__}: {error})."
             " Install g++ and ninja (and CUDA for the fused one), or set optim.impl=torch."
         ) from error
+
+
+def _apex_adam(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise BackendError(
+            f"optim.impl apex: NVIDIA apex is not installed here ({error}). Build it with its CUDA extensions"
+            " (requirements-gpu.txt), or set optim.impl=torch."
+        ) from None
+    optimizer: torch.optim.Optimizer = FusedAdam(groups, adam_w_mode=True, **settings)
+    return optimizer

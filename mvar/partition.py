@@ -65,6 +65,8 @@ class Partition:
             )
         self.stage = int(engine.zero_optimization_stage())
         self._client = client
+        self._counts_in_groups = type(client).__module__.startswith("apex.")
+        """NVIDIA apex counts its steps in the parameter groups, the others in the state of each tensor."""
         self._zero = engine.optimizer
         parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
@@ -163,7 +165,8 @@ class Partition:
     def _begin(self, key: Tensor) -> None:
         """The state that AdamW makes at its first step, before it."""
         state: Any = self._client.state[key]
-        state["step"] = 0
+        if not self._counts_in_groups:
+            state["step"] = 0
         if isinstance(self._client, torch.optim.Adam):  # AdamW is one.
             fused = bool(self._client.defaults.get("fused"))
             state["step"] = torch.zeros((), dtype=torch.float32, device=key.device if fused else "cpu")
@@ -173,11 +176,17 @@ class Partition:
     @property
     def adam_steps(self) -> int:
         """Updates that AdamW has made (skipped steps do not count). To be set after `fill`."""
+        if self._counts_in_groups:
+            return int(self._client.param_groups[0].get("step", 0))
         state = self._client.state.get(self._masters[0])
         return int(state["step"]) if state else 0
 
     @adam_steps.setter
     def adam_steps(self, steps: int) -> None:
+        if self._counts_in_groups:
+            for group in self._client.param_groups:
+                group["step"] = steps
+            return
         for key in self._masters:
             state: Any = self._client.state[key]
             if isinstance(state["step"], Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvar.checkpoint import save
+from mvar.checkpoint import Record, folder_of, save
 from mvar.cli import main as cli
 from mvar.config import TrainConfig
 from mvar.data import Batch, eval_batches
@@ -184,8 +185,66 @@ def test_deepspeeds_own_adams_follow_torchs(tmp_path: Path, store: Path) -> None
     """Compiles DeepSpeed's extensions where that was not done before: minutes."""
     cases = {impl: {"stage": 1, "optim__impl": impl} for impl in ("torch", "deepspeed_cpu", "deepspeed_fused")}
     found = run_ranks(train_each, 1, tmp_path / "job", trees=trees(tmp_path, store, cases))[0]
-    for impl in ("deepspeed_cpu", "deepspeed_fused"):
+    if torch.cuda.is_available() and importlib.util.find_spec("apex"):
+        cases = {"apex": {"stage": 1, "optim__impl": "apex"}}
+        found |= run_ranks(train_each, 1, tmp_path / "apex", trees=trees(tmp_path, store, cases))[0]
+    for impl in found.keys() - {"torch"}:
         assert found[impl] == pytest.approx(found["torch"], abs=1e-5), impl
+
+
+class ApexLikeAdam(torch.optim.Optimizer):
+    """AdamW that keeps its books as NVIDIA apex's FusedAdam does: no step in a tensor's state, but in the group."""
+
+    def __init__(self, groups: Any, **settings: Any) -> None:
+        assert settings.pop("adam_w_mode")
+        super().__init__(groups, settings | {"weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                assert state.keys() == {"exp_avg", "exp_avg_sq"}
+                adamw = torch.optim._functional.adamw  # type: ignore[attr-defined]
+                count = torch.tensor(float(group["step"] - 1))
+                b1, b2 = group["betas"]
+                rates = {"beta1": b1, "beta2": b2, "lr": group["lr"], "eps": group["eps"]}
+                books = ([weight], [weight.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [count])
+                adamw(*books, amsgrad=False, maximize=False, weight_decay=group["weight_decay"], **rates)
+
+
+def with_apex_like(world: World, trees: dict[str, Any]) -> dict[str, Any]:
+    import types
+
+    ApexLikeAdam.__module__ = "apex.optimizers"
+    fake = types.ModuleType("apex.optimizers")
+    fake.FusedAdam = ApexLikeAdam  # type: ignore[attr-defined]
+    sys.modules |= {"apex": types.ModuleType("apex"), "apex.optimizers": fake}
+    found = run_variants(world, trees)
+    for tree in trees.values():
+        assert Record.read(folder_of(Path(tree["run"]), 5)).progress.adam_steps == 5
+    return found
+
+
+def test_apex_counts_its_steps_elsewhere_and_resumes_exactly(tmp_path: Path, store: Path) -> None:
+    plain = run_ranks(run_variants, 2, tmp_path / "plain", trees=trees(tmp_path, store, {"torch": {"stage": 2}}))[0]
+    cases = {f"apex{stage}": {"stage": stage, "optim__impl": "apex"} for stage in (0, 2)}
+    found = run_ranks(with_apex_like, 2, tmp_path / "job", trees=trees(tmp_path, store, cases))[0]
+    for case in found.values():
+        assert case["losses"] == pytest.approx(plain["torch"]["losses"], abs=1e-5)
+
+
+def test_apex_that_is_not_installed_is_named(tmp_path: Path, store: Path) -> None:
+    if importlib.util.find_spec("apex") is not None:
+        pytest.skip("an apex is installed here")
+    path = write_config(tmp_path, store, optim__impl="apex")
+    job = Ranks("tests.distributed:command", ["mvar.train", ["--config", str(path)]], 1, tmp_path / "logs")
+    assert job.wait() == [2] and "NVIDIA apex is not installed" in job.output()
 
 
 def test_pictures_and_validation_are_recorded_from_sharded_weights(tmp_path: Path, store: Path) -> None:
