@@ -22,7 +22,7 @@ import re
 import shutil
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -256,11 +256,15 @@ class Draft:
         self._written: Part | None = None
         self._error: BaseException | None = None
 
-    def begin(self) -> None:
-        """Make the temporary folder, if there is room for the checkpoint. Raises CheckpointError."""
-        self._world.raise_together(_attempt(self._prepare) if self._world.is_main else None)
+    def begin(self, sync_records: Callable[[], None] = lambda: None) -> None:
+        """Make the temporary folder, if there is room for the checkpoint. Raises CheckpointError.
 
-    def _prepare(self) -> None:
+        `sync_records`: called on rank 0 before anything else, for what must not be older on disk than the checkpoint.
+        """
+        self._world.raise_together(_attempt(lambda: self._prepare(sync_records)) if self._world.is_main else None)
+
+    def _prepare(self, sync_records: Callable[[], None]) -> None:
+        sync_records()
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
         needed = self._partition.bytes_of_all

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,11 +105,14 @@ class History:
         if not self._writes:
             return
         line = json.dumps({"event": event, "time": time.time()} | values)
-        with self.path.open("a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            torn = size > 0 and file.read(1) != b"\n"
-            file.write(b"\n" * torn + line.encode() + b"\n")
+        try:
+            with self.path.open("a+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - 1, 0))
+                torn = size > 0 and file.read(1) != b"\n"
+                file.write(b"\n" * torn + line.encode() + b"\n")
+        except OSError as error:  # A full disk: no reason to end a training.
+            print(f"mvar: WARNING: {self.path}: {error}; not noted: {line}", file=sys.stderr, flush=True)
 
     def starts(self) -> list[Start]:
         """All starts, oldest first. Lines torn by a kill are passed over."""

@@ -58,10 +58,17 @@ class Saver:
     """Writes the checkpoints of one run. `save` and `settle` are called by all ranks together."""
 
     def __init__(
-        self, checkpoints: Path, partition: Partition, world: World, identity: Identity, settings: CheckpointConfig
+        self,
+        checkpoints: Path,
+        partition: Partition,
+        world: World,
+        identity: Identity,
+        settings: CheckpointConfig,
+        sync_records: Callable[[], None] = lambda: None,
     ) -> None:
+        """`sync_records`: called on rank 0 first; if it raises OSError, the save has failed."""
         self._checkpoints, self._partition, self._world, self._identity = checkpoints, partition, world, identity
-        self._settings = settings
+        self._settings, self._sync_records = settings, sync_records
         self._buffer: Tensor | None = None
         self._background: bool | None = None if settings.background == "auto" else False
         self._flight: _Flight | None = None
@@ -81,7 +88,7 @@ class Saver:
         settled = self.settle()
         draft = Draft(self._checkpoints, self._partition, self._world, progress, self._identity)
         flight = _Flight(draft, progress.step, began)
-        failed = self._attempt(flight, draft.begin, last)
+        failed = self._attempt(flight, lambda: draft.begin(self._sync_records), last)
         if failed is not None:
             return [*settled, failed]
         if last or not self._fits():

@@ -55,21 +55,45 @@ def finite(value: Any) -> Any:
 
 
 class JsonLines:
-    """metrics.jsonl. Each record is flushed to the system at once, so that only a crash of the machine can lose it."""
+    """metrics.jsonl. Each record goes to the system at once, so that only a crash of the machine can lose it.
+
+    On a full disk records wait in memory and are written once there is room; no line is ever torn or doubled.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         cut_after(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting.append(json.dumps(record).encode() + b"\n")
+        try:
+            self._flush()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                print(f"mvar: WARNING: {self._file.name}: {error}; records wait.", file=sys.stderr, flush=True)
+
+    def _flush(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        data = memoryview(b"".join(self._waiting))
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
+        self._waiting.clear()
 
     def sync(self) -> None:
-        """To disk: a checkpoint must not be newer than its records."""
+        """To disk: a checkpoint must not be newer than its records. Raises OSError."""
+        self._flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        try:
+            self._flush()
+        except OSError:  # Of steps since the last checkpoint: they will be done again.
+            print(f"mvar: WARNING: {len(self._waiting)} last records are lost: no room.", file=sys.stderr, flush=True)
         self._file.close()
 
 

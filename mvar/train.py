@@ -110,7 +110,7 @@ def training(started: Started, job: Job, done: int) -> Iterator[Training]:
         stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
         feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
         world.raise_together(feed.error)
-        saver = Saver(started.run.checkpoints, engine.partition, world, job.identity, config.checkpoint)
+        saver = Saver(started.run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
         stability = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas)
         yield Training(**vars(started), job=job, tracker=tracker, saver=saver, feed=feed, stability=stability)
 
@@ -192,7 +192,6 @@ class Training(Started):
 
     def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
         self.watchdog.feed()
-        self.tracker.sync()
         self.note(self.saver.save(self.engine.progress(done, validation_loss), last=last))
 
     def note(self, attempts: list[Saved]) -> None:

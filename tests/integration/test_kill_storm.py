@@ -69,8 +69,7 @@ def halfway(point: str, original: Callable[..., Any], arguments: tuple[Any, ...]
         next(iter(Path(arguments[0]).iterdir())).unlink()
     elif point == "metrics":
         lines = arguments[0]
-        lines._file.write('{"kind": "train", "st')
-        lines._file.flush()
+        lines._file.write(b'{"kind": "train", "st')
     elif point in ("step", "snapshot", "commit"):
         original(*arguments)
 

@@ -66,8 +66,8 @@ class Spoiled:
         self.inner, self.pyramid, self.sample, self.always = inner, inner.pyramid, -1, False
         self.current: Batch | None = None
 
-    def __call__(self, model: Any, codes_BL: torch.Tensor, labels_B: torch.Tensor, drop: Any = None) -> Losses:
-        found = self.inner(model, codes_BL, labels_B, drop)
+    def __call__(self, model: Any, codes_BL: torch.Tensor, labels_B: torch.Tensor, *rest: Any) -> Losses:
+        found = self.inner(model, codes_BL, labels_B, *rest)
         assert self.current is not None
         bad_B = torch.tensor([self.always or index == self.sample for index in self.current.indices_B.tolist()])
         if not bad_B.any():

@@ -1,5 +1,6 @@
 """metrics.jsonl has every step once; nothing that only watches can stop a training."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from mvar import tracking
 from mvar.config import TrackingConfig
-from mvar.tracking import Guarded, Tracker, cut_after, flat
+from mvar.tracking import Guarded, JsonLines, Tracker, cut_after, flat
 
 TRAIN: dict[str, Any] = {
     "loss": 1 / 3,
@@ -140,3 +141,39 @@ def test_tensorboard_gets_numbers(tmp_path: Path) -> None:
 def test_flat_names() -> None:
     numbers = flat({"kind": "val", "step": 3, "loss": 2.0, "loss_per_scale": [1.0, None], "file": "x"})
     assert numbers == {"val/loss": 2.0, "val/loss_per_scale/01": 1.0}
+
+
+class FullDisk:
+    """A file on a disk that takes so many bytes and no more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self._file.write(data[: self.room])
+        self.room -= taken
+        return int(taken)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_records_wait_for_room_on_a_full_disk_and_none_is_torn_or_doubled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = JsonLines(tmp_path / "metrics.jsonl", 0)
+    disk = FullDisk(records._file, 40)
+    records._file = disk  # type: ignore[assignment]
+    for step in range(1, 6):
+        records.write({"kind": "train", "step": step})
+    assert capsys.readouterr().err.count("No space left on device; records wait.") == 1
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    with pytest.raises(OSError, match="No space"):
+        records.sync()
+    disk.room = 10_000
+    records.write({"kind": "train", "step": 6})
+    records.sync()
+    records.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
