@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.calibrate import Calibration, calibrate, calibration_views, require_accepted
-from mvar.claims import Claims
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
 from data_prep.encoder import Encoder, collect
 from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes
@@ -32,6 +31,7 @@ from data_prep.progress import Progress, clock
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
 from data_prep.sources import Item, Source
 from data_prep.views import ViewPlan
+from mvar.claims import Claims
 from mvar.cli import run_command
 from mvar.config import describe, load
 from mvar.disk import remove_stale
