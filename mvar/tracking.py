@@ -282,7 +282,7 @@ class Guarded:
 
 
 class Tracker:
-    """Hands each record to every sink. On ranks other than 0 it is silent. `console`: instead of the transformer's."""
+    """Hands each record to every sink. On ranks other than 0 it is silent."""
 
     def __init__(
         self,
@@ -294,7 +294,6 @@ class Tracker:
         last_step: int,
         samples_at: Callable[[int], int],
         settings: Mapping[str, Any],
-        console: Sink | None = None,
     ) -> None:
         self._samples_at = samples_at
         self._sinks: list[Sink] = []
@@ -302,7 +301,7 @@ class Tracker:
         if not is_main:
             return
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
-        self._sinks = [self._lines, console or Console(config.log_every, last_step)]
+        self._sinks = [self._lines, Console(config.log_every, last_step)]
         if config.wandb != "disabled":
             self._sinks.append(Guarded("wandb", lambda: WeightsAndBiases(folder, config, settings)))
         if config.tensorboard:
