@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -30,10 +29,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mvar import snapshot
+from mvar import json_lines, snapshot
 from mvar.cli import run_command
 from mvar.errors import ConfigError, MvarError
 from mvar.history import History
+from mvar.run_files import steps_in
 
 BEGIN = {"train": 0, "user error": 2, "leave": 90}
 """Exit codes of `begin`. leave: there is nothing to do for this job."""
@@ -228,8 +228,7 @@ def strikes(attempts: Iterable[Attempt]) -> dict[str, int]:
 
 def newest_step(run: Path) -> int:
     """Steps of the newest checkpoint, 0 without one. By name: verifying it is the training's."""
-    names = (path.name for path in (run / "checkpoints").glob("step-*"))
-    return max((int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))), default=0)
+    return max(steps_in(run / "checkpoints"), default=0)
 
 
 class Logs:
@@ -268,17 +267,14 @@ class Logs:
 
     def _write(self, event: str, job: str, restarts: int, **values: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"event": event, "time": time.time(), "job": job, "restarts": restarts} | values)
-        with self.record.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        entry = {"event": event, "time": time.time(), "job": job, "restarts": restarts}
+        json_lines.append(self.record, entry | values)
 
     def attempts(self) -> list[Attempt]:
         """All starts, oldest first. Lines torn by a kill are passed over."""
         found: list[Attempt] = []
-        text = self.record.read_text(encoding="utf-8", errors="replace") if self.record.is_file() else ""
-        for line in text.splitlines():
+        for entry in json_lines.read(self.record):
             with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
-                entry = json.loads(line)
                 if entry["event"] == "begin":
                     names = ("job", "chain", "restarts", "time", "step")
                     found.append(Attempt(nodes=tuple(entry["nodes"]), **{name: entry[name] for name in names}))

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import sys
@@ -34,16 +33,16 @@ from torch import Tensor
 
 from mvar import config as configs
 from mvar.config import ModelConfig, TrainConfig
-from mvar.disk import sha256_of, sync_folder
+from mvar.disk import sha256_of, sync_folder, tree_digest
 from mvar.errors import CheckpointError
 from mvar.launch import World
 from mvar.partition import KINDS, WEIGHT, Partition, Piece
+from mvar.run_files import folder_of, steps_in
 from mvar.schedule import Stretch
 
 FORMAT_VERSION = 2
 RECORD = "checkpoint.json"
 CONFIG = "config.yaml"
-_NAME = re.compile(r"step-(\d{9,})")
 _BLOCK_BYTES = 1 << 24
 
 
@@ -145,7 +144,7 @@ class Record(pydantic.BaseModel):
     def text(self) -> str:
         """JSON with its own SHA-256, so that a flipped bit in it shows."""
         tree = self.model_dump(mode="json")
-        return json.dumps(tree | {"sha256": _tree_digest(tree)}, indent=1)
+        return json.dumps(tree | {"sha256": tree_digest(tree)}, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -160,16 +159,12 @@ class Record(pydantic.BaseModel):
             raise CheckpointError(
                 f"{path}: written in format {version}; this mvar reads up to {FORMAT_VERSION}. Update it."
             )
-        if not isinstance(tree, dict) or tree.pop("sha256", None) != _tree_digest(tree):
+        if not isinstance(tree, dict) or tree.pop("sha256", None) != tree_digest(tree):
             raise CheckpointError(f"{path}: its own digest does not match: the file is damaged.")
         try:
             return cls.model_validate(tree)
         except pydantic.ValidationError as error:
             raise CheckpointError(f"{path}: not a checkpoint of mvar: {error}") from None
-
-
-def _tree_digest(tree: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -198,9 +193,10 @@ def differences(record: Record, identity: Identity, *, change_batch: bool = Fals
     return [f"{key}: was {saved[key]}, is {now[key]}" for key in now if saved[key] != now[key]]
 
 
-def require_same(folder: Path, identity: Identity, *, change_batch: bool = False) -> None:
-    """Raises CheckpointError, with the keys, if `identity` is not the run that `folder` was saved by."""
-    changed = differences(Record.read(folder), identity, change_batch=change_batch)
+def require_same(folder: Path, identity: Identity, *, change_batch: bool = False) -> Record:
+    """The record of `folder`. Raises CheckpointError, with the keys, if `identity` is not the run that saved it."""
+    record = Record.read(folder)
+    changed = differences(record, identity, change_batch=change_batch)
     if changed:
         raise CheckpointError(
             f"{folder}: saved by another run than the one asked for:\n  "
@@ -208,6 +204,7 @@ def require_same(folder: Path, identity: Identity, *, change_batch: bool = False
             + "\nPut these back, or give run=... another folder, or add --from-scratch. To go on with another"
             " global_batch: --change-batch."
         )
+    return record
 
 
 def _essence(model: ModelConfig) -> dict[str, Any]:
@@ -217,18 +214,6 @@ def _essence(model: ModelConfig) -> dict[str, Any]:
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
-
-
-def folder_of(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step-{step:09d}"
-
-
-def steps_in(checkpoints: Path) -> list[int]:
-    """Steps of all complete checkpoints, rising."""
-    if not checkpoints.is_dir():
-        return []
-    names = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
-    return sorted(int(name[1]) for name in names if name)
 
 
 @dataclass(frozen=True)
@@ -519,11 +504,13 @@ def restore(folder: Path, partition: Partition, world: World) -> Progress:
     """Load weights, moments and AdamW's count; all ranks together. Raises CheckpointError if the model differs."""
     reader = Reader(folder)
     _same_shapes(reader.record, partition.shapes, folder)
-    # A moving average that is wanted from here on begins at the weights.
-    saved = {kind: kind for kind in reader.record.kinds}
+
+    def values(piece: Piece, kind: str) -> Tensor:
+        # A moving average that is wanted from here on begins at the weights.
+        return reader.read(piece.name, kind if kind in reader.record.kinds else WEIGHT, piece.start, piece.stop)
 
     def fill() -> None:
-        partition.fill(lambda piece, kind: reader.read(piece.name, saved.get(kind, WEIGHT), piece.start, piece.stop))
+        partition.fill(values)
         partition.adam_steps = reader.record.progress.adam_steps
 
     world.raise_together(_attempt(fill))

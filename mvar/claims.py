@@ -84,8 +84,7 @@ class Claims:
     def holder(self, name: str) -> tuple[str, float]:
         """Who has it, in words, and when it last gave a sign of life (the file system's clock). Raises OSError."""
         path = self._path(name)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return lines[-1] if lines else "another process", path.stat().st_mtime
+        return _holder(path)[1], path.stat().st_mtime
 
     def release(self, name: str) -> None:
         """Give a claim back, unless somebody took it over."""
@@ -102,7 +101,7 @@ class Claims:
             return True
         grave = path.with_name(f"{path.name}~{secrets.token_hex(4)}.tmp")
         try:
-            if not self._is_abandoned(path, now_s):
+            if not _is_abandoned(path, now_s, self._stale_after_s):
                 return False
             os.rename(path, grave)  # Only one of those who see it abandoned succeeds.
             grave.unlink()
@@ -110,12 +109,6 @@ class Claims:
         except (FileNotFoundError, FileExistsError):
             return False
         return True
-
-    def _is_abandoned(self, path: Path, now_s: float) -> bool:
-        if now_s - path.stat().st_mtime > self._stale_after_s:
-            return True
-        here = path.read_text(encoding="utf-8", errors="replace").splitlines()[:1] == [host_name()]
-        return here and is_unlocked(path)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._heartbeat_s):
@@ -125,7 +118,31 @@ class Claims:
                         os.utime(file.fileno())
 
     def _path(self, name: str) -> Path:
-        return self._folder / f".{name}{SUFFIX}"
+        return claim_path(self._folder, name)
+
+
+def claim_path(folder: Path, name: str) -> Path:
+    return folder / f".{name}{SUFFIX}"
+
+
+def living_holder(folder: Path, name: str, now_s: float, stale_after_s: float = STALE_AFTER_S) -> str | None:
+    """Who has a claim, in words; None if nobody has it, or a dead process."""
+    path = claim_path(folder, name)
+    with contextlib.suppress(OSError):
+        return None if _is_abandoned(path, now_s, stale_after_s) else _holder(path)[1]
+    return None
+
+
+def _is_abandoned(path: Path, now_s: float, stale_after_s: float) -> bool:
+    if now_s - path.stat().st_mtime > stale_after_s:
+        return True
+    return _holder(path)[0] == host_name() and is_unlocked(path)
+
+
+def _holder(path: Path) -> tuple[str, str]:
+    """The holder's host, and the holder in words."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return (lines[0], lines[-1]) if lines else ("", "another process")
 
 
 def remove_claims(folder: Path) -> None:

@@ -21,6 +21,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from mvar.errors import ConfigError
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+"""Where the shipped templates are found."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mvar.errors import StoreError
 
@@ -113,6 +114,11 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def tree_digest(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON tree, whatever the order of its keys and its layout."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

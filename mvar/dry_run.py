@@ -22,6 +22,7 @@ from mvar.plan.draw import gib
 from mvar.plan.memory import Kernels, Setup, memory
 from mvar.plan.sizes import IMAGENET_IMAGES, Sizes
 from mvar.randomness import permuted, view_of
+from mvar.run_files import folder_of, steps_in
 from mvar.schedule import FLAT_SHARE, Plan
 
 SHOWN_STEPS, SHOWN_SAMPLES = 2, 6
@@ -88,8 +89,8 @@ def _share(split: BatchSplit) -> int:
 def newest(config: TrainConfig) -> Progress | None:
     """Where the run folder's newest checkpoint stands; it is not verified."""
     folder = RunFolder(config.run).checkpoints
-    steps = checkpoint.steps_in(folder)
-    return checkpoint.Record.read(checkpoint.folder_of(folder, steps[-1])).progress if steps else None
+    steps = steps_in(folder)
+    return checkpoint.Record.read(folder_of(folder, steps[-1])).progress if steps else None
 
 
 def memory_lines(sizes: Sizes, setup: Setup, split: BatchSplit) -> Iterator[str]:

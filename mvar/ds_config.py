@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.config import TrainConfig
+from mvar.config import REPOSITORY, TrainConfig
 from mvar.errors import ConfigError
-from mvar.launch import REPOSITORY
 
 Tree = dict[str, Any]
 AUTO = "auto"

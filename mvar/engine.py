@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvar import checkpoint, ds_config, randomness
@@ -89,7 +90,8 @@ class Engine:
         self.partition = Partition(self._engine, client, ema=config.optim.ema_decay > 0)
         self._scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None) if _is_fp16(config) else None
         self._rates_D = drop_path_rates(model.depth, model.resolved_drop_path)
-        self._last: tuple[list[Losses], Sequence[Batch]] = ([], [])
+        self._last: tuple[Tensor, NDArray[np.int64]] | None = None
+        """Losses and samples of this rank's last step."""
         self.skipped_steps = 0
 
     def _initialize(self, tree: ds_config.Tree) -> tuple[Any, torch.optim.Optimizer]:
@@ -146,7 +148,6 @@ class Engine:
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
         found: list[Losses] = []
-        self._last = found, batches
         for batch in batches:
             losses = self._losses(step, batch)
             found.append(losses)
@@ -201,22 +202,24 @@ class Engine:
         """One sum over ranks a step: losses, whether anybody has a bad sample, and the votes."""
         loss_BS = torch.cat([losses.loss_BS for losses in found])
         correct_BS = torch.cat([losses.correct_BS for losses in found])
+        indices_B = np.concatenate([batch.indices_B for batch in batches])
+        self._last = loss_BS, indices_B
         bad_B = ~loss_BS.isfinite().all(dim=1)
         counted = torch.tensor([int(bad_B.sum()), len(bad_B), *map(int, votes)], device=loss_BS.device)
         sums = self.world.sum(torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), counted]))
         losses, counts = sums[: -len(counted)], [int(count) for count in sums[-len(counted) :]]
         bad: list[int] = []
         if counts[0] > 0:
-            indices_B = np.concatenate([batch.indices_B for batch in batches])[bad_B.cpu().numpy()]
-            bad = [int(index) for part in self.world.gather(indices_B.tolist()) for index in part]
+            bad_indices = indices_B[bad_B.cpu().numpy()].tolist()
+            bad = [int(index) for part in self.world.gather(bad_indices) for index in part]
         return self._averages(losses, counts[1], scales), bad, tuple(counts[2:])
 
     def worst_samples(self, count: int) -> list[int]:
         """Samples (numbers in the train split) of the last step with the highest losses over all ranks, worst first."""
-        found, batches = self._last
-        loss_B = torch.cat([losses.loss_BS.sum(dim=1) for losses in found]).tolist()
-        indices_B = np.concatenate([batch.indices_B for batch in batches]).tolist()
-        pairs = [pair for part in self.world.gather(list(zip(loss_B, indices_B, strict=True))) for pair in part]
+        assert self._last is not None
+        loss_BS, indices_B = self._last
+        mine = list(zip(loss_BS.sum(dim=1).tolist(), indices_B.tolist(), strict=True))
+        pairs = [pair for part in self.world.gather(mine) for pair in part]
         return [index for _, index in sorted(pairs, key=lambda pair: -pair[0])[:count]]
 
     def _averages(self, sums_2S: Tensor, images: int, scales: int | None = None) -> Averages:

@@ -13,7 +13,6 @@ A start without an end was killed. Needs neither torch nor Slurm.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mvar import json_lines
 from mvar.errors import MvarError
 
 NAME = "history.jsonl"
@@ -104,20 +104,16 @@ class History:
     def _write(self, event: str, **values: Any) -> None:
         if not self._writes:
             return
-        line = json.dumps({"event": event, "time": time.time()} | values)
+        entry = {"event": event, "time": time.time()} | values
         try:
-            with self.path.open("a+b") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - 1, 0))
-                torn = size > 0 and file.read(1) != b"\n"
-                file.write(b"\n" * torn + line.encode() + b"\n")
+            json_lines.append(self.path, entry)
         except OSError as error:  # A full disk: no reason to end a training.
-            print(f"mvar: WARNING: {self.path}: {error}; not noted: {line}", file=sys.stderr, flush=True)
+            print(f"mvar: WARNING: {self.path}: {error}; not noted: {entry}", file=sys.stderr, flush=True)
 
     def starts(self) -> list[Start]:
         """All starts, oldest first. Lines torn by a kill are passed over."""
         found: list[Start] = []
-        for event in self._events():
+        for event in json_lines.read(self.path):
             kind = event.pop("event", None)
             if kind == "start":
                 found.append(Start(**event))
@@ -127,17 +123,6 @@ class History:
                 ended = {"end_time": event["time"], "end_step": event["step"]}
                 found[-1] = _with(found[-1], **ended, code=event["code"], reason=event["reason"])
         return found
-
-    def _events(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        events = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                continue
-        return events
 
 
 def _with(start: Start, **changes: Any) -> Start:

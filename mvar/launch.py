@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from mvar.config import REPOSITORY
 from mvar.errors import ConfigError, MvarError
 
 T = TypeVar("T")
-REPOSITORY = Path(__file__).resolve().parent.parent
 _INTERACTIVE_STEP = 0xFFFF_FFF0
 """Slurm's special steps (batch shell, interactive shell) have numbers from here on: no launch by srun."""
 

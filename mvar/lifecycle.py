@@ -28,14 +28,14 @@ from types import FrameType
 from typing import Any
 
 from mvar.checkpoint import remove_leftovers
-from mvar.claims import Claims
+from mvar.claims import Claims, claim_path
 from mvar.errors import CheckpointError, TrainingError
+from mvar.run_files import CLAIM
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75
 """Stopped on purpose, with a checkpoint saved: run the same command again."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-CLAIM = "run"
 CLAIM_PATIENCE_S = 5.0
 """A killed predecessor on this host may take this long to let go of the folder."""
 
@@ -116,7 +116,11 @@ class RunFolder:
 
     def set_aside(self) -> Path | None:
         """Move everything in the folder into `before-from-scratch-N`; None if there was nothing."""
-        entries = [e for e in self.path.iterdir() if not e.name.startswith((".run.claim", "before-from-scratch-"))]
+        entries = [
+            e
+            for e in self.path.iterdir()
+            if not e.name.startswith((claim_path(self.path, CLAIM).name, "before-from-scratch-"))
+        ]
         if not entries:
             return None
         number = 1

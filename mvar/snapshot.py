@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -39,8 +38,9 @@ import yaml
 from mvar import config as configs
 from mvar.cli import run_command
 from mvar.config import TrainConfig
-from mvar.disk import sha256_of, sync_folder
-from mvar.errors import ConfigError, MvarError
+from mvar.disk import sha256_of, sync_folder, tree_digest
+from mvar.ds_config import find_template
+from mvar.errors import MvarError
 from mvar.remote import is_url
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -66,11 +66,11 @@ def take(run: Path, config: TrainConfig, *, replace: bool = False) -> Path:
         (temporary / CODE).mkdir(parents=True)
         for path in code_files(SOURCE):
             _write(temporary / CODE / path, (SOURCE / path).read_bytes())
-        _write(temporary / TEMPLATE, _find_template(config.engine.ds_config).read_bytes())
+        _write(temporary / TEMPLATE, find_template(config.engine.ds_config).read_bytes())
         _write(temporary / CONFIG, configs.dump(_pinned(config, run)).encode())
         aside = _next_number(run)
         record = _describe(temporary, run, replaces=aside.name if replace else None)
-        _write(temporary / RECORD, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
+        _write(temporary / RECORD, json.dumps(record | {"sha256": tree_digest(record)}, indent=1).encode())
         for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
             sync_folder(folder)
         if replace:
@@ -92,7 +92,7 @@ def verify(run: Path) -> dict[str, Any]:
     mend = "Put it back, or add --resnapshot to go on with the code as it is now."
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record.pop("sha256") != _digest(record):
+        if record.pop("sha256") != tree_digest(record):
             raise MvarError(f"{folder / RECORD}: its own digest does not match: it was changed. {mend}")
         here = {path.as_posix() for path in _snapshot_files(folder)}
         for name, sha256 in record["files"].items():
@@ -137,7 +137,7 @@ def drift(run: Path, record: Mapping[str, Any], config: TrainConfig | None) -> l
             for key, value in given.items()
             if kept.get(key) != value
         ]
-        template = _find_template(config.engine.ds_config)
+        template = find_template(config.engine.ds_config)
         if sha256_of(template) != record["files"][TEMPLATE]:
             found.append(f"the DeepSpeed template {template}")
     return found
@@ -154,14 +154,6 @@ def _pinned(config: TrainConfig, run: Path) -> TrainConfig:
 def _absolute(section: configs.S) -> configs.S:
     paths = {name: value for name, value in section if isinstance(value, Path)}
     return section.model_copy(update={name: Path(os.path.abspath(path)) for name, path in paths.items()})
-
-
-def _find_template(path: Path) -> Path:
-    """As `mvar.ds_config.find_template`, which needs torch."""
-    for candidate in (path, SOURCE / path):
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(f"engine.ds_config {path}: no such file, neither here ({Path.cwd()}) nor in {SOURCE}.")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -210,10 +202,6 @@ def _snapshot_files(folder: Path) -> Iterator[Path]:
     for name in (CONFIG, TEMPLATE):
         if (folder / name).is_file():
             yield Path(name)
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -22,22 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mvar.claims import claim_path, living_holder
 from mvar.cli import run_command
-from mvar.disk import host_name, is_unlocked
 from mvar.errors import MvarError
 from mvar.history import History, Start
+from mvar.run_files import CLAIM, folder_of, steps_in
 
 RECENT = 50
 """Steps over which loss and speed are averaged."""
-CLAIM = ".run.claim"
-ALIVE_FOR_S = 90.0
-"""A claim that was not touched for so long has no living holder."""
 QUEUE_WITHIN_S = 10.0
 JOB_NAME = "mvar-train-{run}"
 _BLOCK_BYTES = 1 << 18
 _STEP_SECONDS = re.compile(rb'"step_s": ([0-9.eE+-]+)')
 _RESUMED = b'"kind": "resume"'
-_CHECKPOINT = re.compile(r"step-(\d{9,})")
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
             "is no run folder (no config.yaml, history.jsonl or metrics.jsonl in it)" if run.is_dir() else "not found"
         )
         raise MvarError(f"{run}: {what}. Give the folder that was run=... of `mvar train`.")
-    holder = living_holder(run / CLAIM, now)
+    holder = living_holder(run, CLAIM, now)
     measured = read_measured(metrics)
     periods = periods_of(starts, _last_sign(run), now if holder else None)
     jobs, problem = queue_of(run, {start.job.split("_")[0] for start in starts if start.job})
@@ -156,24 +153,12 @@ def _state(run: Path, starts: Sequence[Start], holder: str | None) -> str:
     return {None: "killed", 0: "finished", 75: "stopped"}.get(starts[-1].code, "failed")
 
 
-def living_holder(claim: Path, now: float) -> str | None:
-    """Whose process trains in the folder, in words; None if nobody's (see mvar.claims)."""
-    try:
-        lines = claim.read_text(encoding="utf-8", errors="replace").splitlines()
-        dead_here = lines[:1] == [host_name()] and is_unlocked(claim)
-        if dead_here or now - claim.stat().st_mtime > ALIVE_FOR_S:
-            return None
-    except OSError:
-        return None
-    return lines[-1] if lines else "another process"
-
-
 def _last_sign(run: Path) -> float:
     """When the run's folder was last written to by a training, Unix seconds."""
     times = [0.0]
-    for name in ("metrics.jsonl", CLAIM):
+    for path in (run / "metrics.jsonl", claim_path(run, CLAIM)):
         with contextlib.suppress(OSError):
-            times.append((run / name).stat().st_mtime)
+            times.append(path.stat().st_mtime)
     return max(times)
 
 
@@ -278,13 +263,12 @@ def useful_rank_seconds(path: Path) -> float:
 
 
 def newest_checkpoint(checkpoints: Path, now: float) -> Saved | None:
-    entries = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
-    complete = {int(match[1]): entry for entry in entries if (match := _CHECKPOINT.fullmatch(entry.name))}
-    if not complete:
+    steps = steps_in(checkpoints)
+    if not steps:
         return None
-    step = max(complete)
-    damaged = sum(".damaged" in entry.name for entry in entries)
-    return Saved(step, max(0.0, now - (complete[step] / "checkpoint.json").stat().st_mtime), damaged)
+    written = (folder_of(checkpoints, steps[-1]) / "checkpoint.json").stat().st_mtime
+    damaged = sum(".damaged" in entry.name for entry in checkpoints.iterdir())
+    return Saved(steps[-1], max(0.0, now - written), damaged)
 
 
 def queue_of(run: Path, known: set[str]) -> tuple[list[QueueJob], str | None]:

@@ -63,9 +63,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
             return EXIT_FINISHED
         stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
-        found = choose_checkpoint(run, job, world, change_batch=change_batch)
-        if found is not None:
-            job = world.together(lambda: going_on(job, checkpoint.Record.read(found).progress))
+        job, found = choose_checkpoint(run, job, world, change_batch=change_batch)
         watchdog.feed()
         objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
         engine = Engine(config, job.model, job.plan, job.split, objective, world)
@@ -282,14 +280,15 @@ def claim(run: RunFolder, config: TrainConfig, world: World) -> AbstractContextM
     return run.claimed(config.checkpoint.takeover_s) if world.is_main else nullcontext(lambda: True)
 
 
-def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> Path | None:
-    """The newest good checkpoint, if it is of this very run; None where a run may begin. Raises CheckpointError."""
+def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> tuple[Job, Path | None]:
+    """The newest good checkpoint, if it is of this very run, and the job as it goes on from there; None where a run may
+    begin. Raises CheckpointError."""
     found = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
     if found is None:
         world.together(lambda: run.require_no_history() if world.is_main else None)
-    else:
-        world.together(lambda: checkpoint.require_same(found, job.identity, change_batch=change_batch))
-    return found
+        return job, None
+    record = world.together(lambda: checkpoint.require_same(found, job.identity, change_batch=change_batch))
+    return world.together(lambda: going_on(job, record.progress)), found
 
 
 def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | None) -> int:

@@ -6,7 +6,6 @@ Everything is read by name, one parameter at a time, so memory need not hold a m
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvar.checkpoint import RECORD, Reader, folder_of, problem_of, steps_in, verify, write_tensors
+from mvar.checkpoint import RECORD, Reader, problem_of, verify
 from mvar.config import ModelConfig
 from mvar.errors import CheckpointError
 from mvar.partition import WEIGHT
+from mvar.run_files import folder_of, steps_in
 from mvar.scales import ScalePyramid
 
 MODEL_KEY = "mvar.model"
@@ -158,18 +158,6 @@ def _of_file(path: Path) -> Weights:
         return value.float()
 
     return Weights(path, config, shapes, read)
-
-
-def save_weights(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    """Write weights as one safetensors file, float32, the ModelConfig in its metadata: complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        layout = [(name, tuple(value.shape)) for name, value in state.items()]
-        write_tensors(temporary, layout, state.values(), {MODEL_KEY: config.model_dump_json(), "format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- beginning from weights ------------------------------------------------------------------------------------------

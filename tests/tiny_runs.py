@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from mvar.config import TrainConfig
+from tests.distributed import Ranks
 
 STAGES = (0, 1, 2, 3)
 
@@ -75,3 +77,11 @@ def losses(run: Path) -> list[float]:
     found = records(run)
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
     return [record["loss"] for record in found]
+
+
+def wait_for_step(job: Ranks, run: Path, step: int) -> None:
+    """Until the run has recorded `step`; its processes must live."""
+    metrics = run / "metrics.jsonl"
+    while job.alive() and not (metrics.exists() and f'"kind": "train", "step": {step},' in metrics.read_text()):
+        time.sleep(0.005)
+    assert job.alive(), job.output()

@@ -7,14 +7,21 @@ convolution and Mamba's scan are cheap to do again.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+ActivationCheckpointing = Literal["off", "every", "selective"] | int
+
 _LINEAR = {"aten::mm", "aten::addmm"}
 """Linear layers. Batched products are Mamba's scan, which works in place and is done again as a whole."""
 _ATTENTION = ("aten::_scaled_dot_product_", "flash_attn::")
+
+
+def recomputes(setting: ActivationCheckpointing, index: int) -> bool:
+    """Whether block number `index` is recomputed in the backward pass: every one, or every n-th."""
+    return setting != "off" and (setting in ("every", "selective") or index % int(setting) == 0)
 
 
 def keeping_linears() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

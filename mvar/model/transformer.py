@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,9 @@ from mvar.model.block import VECTORS, Block
 from mvar.model.conditioning import ConditionedNorm, project, projection
 from mvar.model.mamba2 import HEAD_WIDTH, MambaBackend, MambaState
 from mvar.model.precision import WideEmbedding, WideLinear, compute_dtype
-from mvar.model.recompute import keeping_linears
+from mvar.model.recompute import ActivationCheckpointing, keeping_linears, recomputes
 from mvar.model.token_loss import token_losses
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
-
-ActivationCheckpointing = Literal["off", "every", "selective"] | int
 
 
 @dataclass
@@ -220,10 +218,7 @@ class MVAR(nn.Module):
         return torch.cat(parts, dim=1) + (level_LC + place_LC)
 
     def _recomputes(self, index: int) -> bool:
-        every = self.activation_checkpointing
-        if every == "off" or not torch.is_grad_enabled():
-            return False
-        return every in ("every", "selective") or index % int(every) == 0
+        return torch.is_grad_enabled() and recomputes(self.activation_checkpointing, index)
 
 
 PUBLISHED_BUFFERS = ("attn_bias_for_masking", "lvl_1L", "attn.zero_k_bias", "attn.patch_nums")

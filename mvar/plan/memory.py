@@ -21,6 +21,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from mvar.model.mamba2 import EXPAND, HEAD_WIDTH, STATE
+from mvar.model.recompute import ActivationCheckpointing, recomputes
 from mvar.model.ssd import chunk_length
 from mvar.model.token_loss import CHUNK
 from mvar.plan.sizes import Sizes
@@ -28,7 +29,6 @@ from mvar.plan.sizes import Sizes
 Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
 Kernels = Literal["cpu", "gpu", "gpu_torch"]
 """`gpu`: flash-attn and mamba-ssm. `gpu_torch`: torch's fused attention and our scan. `cpu`: attention runs in fp32."""
-Recompute = Literal["off", "every", "selective"] | int
 
 FP32, FP64 = 4, 8
 ALIGNED_TO = 2
@@ -49,7 +49,7 @@ class Setup:
     zero: dict[str, Any] = field(default_factory=dict)
     """The template's section "zero_optimization"."""
     ema: bool = False
-    recompute: Recompute = "off"
+    recompute: ActivationCheckpointing = "off"
     kernels: Kernels = "gpu"
     accumulation: int = 1
 
@@ -205,11 +205,6 @@ def _casts(sizes: Sizes, setup: Setup, *, saved_only: bool = False) -> int:
         return sum(linear.values())
     again = {f"blocks.{index}." for index in range(sizes.model.depth) if recomputes(setup.recompute, index)}
     return sum(count for name, count in linear.items() if not name.startswith(tuple(again)))
-
-
-def recomputes(recompute: Recompute, index: int) -> bool:
-    """Whether block number `index` is recomputed in the backward pass."""
-    return recompute != "off" and (recompute in ("every", "selective") or index % int(recompute) == 0)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from mvar.config import ModelConfig
 from mvar.model.transformer import MVAR
+from mvar.scales import ScalePyramid
 from mvar.schedule import decays
 
 IMAGENET_IMAGES = 1_281_167
@@ -58,9 +59,13 @@ class Sizes:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each scale."""
-        return tuple(side * side for side in self.model.patch_nums)
+        return self._pyramid.lengths
 
     @property
     def tokens(self) -> int:
         """Tokens of an image."""
-        return sum(self.lengths)
+        return self._pyramid.total
+
+    @property
+    def _pyramid(self) -> ScalePyramid:
+        return ScalePyramid(self.model.patch_nums)

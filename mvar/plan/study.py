@@ -10,9 +10,10 @@ from typing import Any
 from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit, find_template, read_template
 from mvar.errors import ConfigError, StoreError
+from mvar.model.recompute import ActivationCheckpointing
 from mvar.plan.flops import best_interval_s, flops, gpu_days, time_lost
 from mvar.plan.gpus import Gpu
-from mvar.plan.memory import Kernels, Memory, Recompute, Setup, checkpoint_bytes, largest_micro_batch, memory
+from mvar.plan.memory import Kernels, Memory, Setup, checkpoint_bytes, largest_micro_batch, memory
 from mvar.plan.sizes import IMAGENET_CLASSES, IMAGENET_IMAGES, Sizes
 from mvar.plan.traffic import Traffic, traffic
 from mvar.schedule import Plan
@@ -46,7 +47,7 @@ class Option:
     """One template, with or without recomputation, and the largest micro-batch that fits."""
 
     template: str
-    recompute: Recompute
+    recompute: ActivationCheckpointing
     micro_batch: int | None
     """None: nothing fits."""
     memory: Memory
@@ -78,7 +79,7 @@ class Study:
         study.recipe  # noqa: B018 - whatever is wrong with the template is found here
         return study
 
-    def setup(self, zero: dict[str, Any], recompute: Recompute) -> Setup:
+    def setup(self, zero: dict[str, Any], recompute: ActivationCheckpointing) -> Setup:
         model, precision, stage = self.sizes.model, self.config.engine.precision, int(zero["stage"])
         if stage == 0 and precision in ("bf16", "fp16"):
             raise ConfigError(
@@ -112,11 +113,11 @@ class Study:
             zero = read_template(find_template(Path("ds_configs") / f"{name}.json"))["zero_optimization"]
             if zero["stage"] == 0 and self.config.engine.precision in ("bf16", "fp16"):
                 continue
-            recomputes: tuple[Recompute, ...] = ("off", "selective", "every")
+            recomputes: tuple[ActivationCheckpointing, ...] = ("off", "selective", "every")
             found += [self._option(name, zero, recompute) for recompute in recomputes]
         return found
 
-    def _option(self, name: str, zero: dict[str, Any], recompute: Recompute) -> Option:
+    def _option(self, name: str, zero: dict[str, Any], recompute: ActivationCheckpointing) -> Option:
         setup, share = self.setup(zero, recompute), self.split.global_batch // self.split.ranks
         best = largest_micro_batch(self.sizes, setup, share, self.assumed.gpu.usable_bytes)
         setup = replace(setup, accumulation=share // (best or 1))

@@ -19,7 +19,7 @@ from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.tokenizer.files import save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
-from mvar.weights import save_weights
+from tests.exports import save_weights
 
 PYRAMID = (1, 2, 4)
 CLASSES = 4

@@ -24,7 +24,7 @@ from mvar.checkpoint import Record, folder_of, steps_in, verify
 from mvar.history import History
 from tests.code_stores import make_store
 from tests.distributed import Ranks, command
-from tests.tiny_runs import losses, records, write_config
+from tests.tiny_runs import losses, records, wait_for_step, write_config
 
 STEPS = 25
 CANNOT_MOUNT = 77
@@ -288,18 +288,11 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path: Path, st
 # ---- whose folder it is
 
 
-def when(job: Ranks, run: Path, step: int) -> None:
-    metrics = run / "metrics.jsonl"
-    while job.alive() and not (metrics.exists() and f'"kind": "train", "step": {step},' in metrics.read_text()):
-        time.sleep(0.005)
-    assert job.alive(), job.output()
-
-
 def test_a_run_that_was_taken_over_ends_and_touches_nothing(tmp_path: Path, store: Path) -> None:
     """As a process that slept for long, or was cut off, finds it when it comes back."""
     config, run = write_config(tmp_path, store, "run", epochs=1000), tmp_path / "run"
     job = start("none", tmp_path, config, 2)
-    when(job, run, 9)
+    wait_for_step(job, run, 9)
     other = run / "other"
     other.write_text("another-host\nprocess 7 on another-host")
     os.replace(other, run / ".run.claim")
@@ -335,7 +328,7 @@ def test_one_rank_that_is_asked_to_stop_makes_all_save_the_same_step(
     config, run = write_config(tmp_path, store, "run"), tmp_path / "run"
     job = start("deadline_on_one_rank" if reason == "deadline" else "slow_steps", tmp_path, config, 2)
     if reason != "deadline":
-        when(job, run, 9)
+        wait_for_step(job, run, 9)
         if reason == "STOP":
             (run / "STOP").touch()
         else:

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mvar.launch import Place, World
 from mvar.weights import load_weights
 from tests.code_stores import make_store
 from tests.distributed import Ranks
-from tests.tiny_runs import losses, records, template, write_config
+from tests.tiny_runs import losses, records, template, wait_for_step, write_config
 
 STEPS = 25
 
@@ -42,10 +41,7 @@ def finish(folder: Path, config: Path, ranks: int, *arguments: str, expected: in
 
 def when(job: Ranks, run: Path, step: int, action: Callable[[], None]) -> None:
     """Do it as soon as the run has recorded `step`."""
-    metrics = run / "metrics.jsonl"
-    while job.alive() and not (metrics.exists() and f'"kind": "train", "step": {step},' in metrics.read_text()):
-        time.sleep(0.005)
-    assert job.alive(), job.output()
+    wait_for_step(job, run, step)
     action()
 
 

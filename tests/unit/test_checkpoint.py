@@ -31,7 +31,8 @@ from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
 from mvar.launch import Place, World
 from mvar.partition import KINDS, Piece
-from mvar.weights import load_weights, save_weights
+from mvar.weights import load_weights
+from tests.exports import save_weights
 
 SHAPES = {"head.weight": (5, 3), "head.bias": (5,), "scale": (1, 1)}
 ALONE = World(Place("alone"), torch.device("cpu"))

@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvar.config import ModelConfig
+from mvar.model.recompute import ActivationCheckpointing
 from mvar.model.transformer import MVAR
 from mvar.plan.flops import best_interval_s, flops, time_lost
 from mvar.plan.memory import (
-    Recompute,
     Setup,
     activations,
     checkpoint_bytes,
@@ -36,7 +36,7 @@ def alive() -> dict[int, Tensor]:
     return {t.untyped_storage().data_ptr(): t for t in tensors if t.layout == torch.strided}
 
 
-def forward(config: ModelConfig, recompute: Recompute, *, autocast: bool = False) -> Tensor:
+def forward(config: ModelConfig, recompute: ActivationCheckpointing, *, autocast: bool = False) -> Tensor:
     """The loss of one batch of made-up images."""
     torch.manual_seed(0)
     assert config.num_classes is not None
@@ -67,7 +67,7 @@ def forward(config: ModelConfig, recompute: Recompute, *, autocast: bool = False
 @pytest.mark.parametrize("recompute", ["off", "every", "selective", 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
 @pytest.mark.parametrize("l2_norm", [True, False])
-def test_activations_are_what_autograd_keeps(recompute: Recompute, precision: str, l2_norm: bool) -> None:
+def test_activations_are_what_autograd_keeps(recompute: ActivationCheckpointing, precision: str, l2_norm: bool) -> None:
     config = SMALL.model_copy(update={"attn_l2_norm": l2_norm})
     setup = Setup(0, precision, 1, recompute=recompute, kernels="cpu")  # type: ignore[arg-type]
     measured = forward(config, recompute, autocast=precision != "fp32").kept_bytes  # type: ignore[attr-defined]

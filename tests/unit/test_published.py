@@ -11,7 +11,8 @@ from mvar.export import main as export
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR, published_state_dict
 from mvar.published import read_published, write_published
-from mvar.weights import load_weights, save_weights
+from mvar.weights import load_weights
+from tests.exports import save_weights
 from tests.golden import golden
 
 

@@ -19,7 +19,8 @@ from mvar.model.transformer import MVAR, published_state_dict
 from mvar.partition import KINDS
 from mvar.published import write_published
 from mvar.scales import PATCH_NUMS_256, PATCH_NUMS_512, ScalePyramid
-from mvar.weights import fitted, initial_values, load_weights, open_weights, save_weights
+from mvar.weights import fitted, initial_values, load_weights, open_weights
+from tests.exports import save_weights
 
 SIDES, WIDE_SIDES = (1, 2, 4), (1, 3, 8)
 
