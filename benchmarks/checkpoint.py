@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.harness import Report, parser, seconds_of, spread
 from mvar import launch
@@ -65,6 +66,11 @@ class Run:
     def step(self) -> None:
         self.engine.step(self.done, [made_up_batch(self.config, self.done)])
         self.done += 1
+
+    def loss(self) -> Tensor:
+        """Of the next batch, without a step."""
+        batch = made_up_batch(self.config, self.done)
+        return self.engine.objective(self.engine.model, batch.codes_BL, batch.labels_B).loss
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -209,7 +209,7 @@ def require_same(folder: Path, identity: Identity, *, change_batch: bool = False
 
 def _essence(model: ModelConfig) -> dict[str, Any]:
     """The model's settings with defaults resolved, without the choice of kernels."""
-    tree = model.model_dump(mode="json", exclude={"attention_backend", "mamba_backend"})
+    tree = model.model_dump(mode="json", exclude={"attention_backend", "mamba_backend", "norm_backend"})
     return tree | {"width": model.resolved_width, "heads": model.resolved_heads, "drop_path": model.resolved_drop_path}
 
 

@@ -52,6 +52,9 @@ class ModelConfig(Section):
     init_conditioning: NonNegativeFloat = Field(0.5, description="scale of the conditioning's weight at the start")
     attention_backend: Literal["auto", "sdpa", "flash"] = Field("auto", description="kernels of the attention")
     mamba_backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", description="kernels of Mamba-2")
+    norm_backend: Literal["torch", "apex"] = Field(
+        "torch", description="layer norms: torch's, or NVIDIA apex's fused one"
+    )
 
     @model_validator(mode="after")
     def _geometry(self) -> ModelConfig:

@@ -82,7 +82,7 @@ def resolve(config: TrainConfig, split: BatchSplit) -> Tree:
         if section in template:
             raise ConfigError(f'DeepSpeed template {path}: remove "{section}"; the recipe\'s {ours} decides.')
     stage: int = template["zero_optimization"]["stage"]
-    tree = _merge(template, _from_recipe(config, split), path)
+    tree = _merge(template, _from_recipe(config, split, stage), path)
     if stage == 0:
         tree["gradient_clipping"] = 0.0  # Without ZeRO, DeepSpeed clips without telling the norm: the engine does it.
     _check_precision(config, tree, stage, path)
@@ -91,7 +91,7 @@ def resolve(config: TrainConfig, split: BatchSplit) -> Tree:
     return tree
 
 
-def _from_recipe(config: TrainConfig, split: BatchSplit) -> dict[str, tuple[Any, str]]:
+def _from_recipe(config: TrainConfig, split: BatchSplit, stage: int) -> dict[str, tuple[Any, str]]:
     """Dotted DeepSpeed key -> (value, key of the recipe that decides it)."""
     precision = config.engine.precision
     decided: dict[str, tuple[Any, str]] = {
@@ -110,7 +110,9 @@ def _from_recipe(config: TrainConfig, split: BatchSplit) -> dict[str, tuple[Any,
         # DeepSpeed's own linear layer adds its bias in place, to the very result that is kept for the backward pass.
         decided["zero_optimization.memory_efficient_linear"] = (False, "engine.activation_checkpointing")
     if precision in ("bf16", "fp16"):
-        decided["data_types.grad_accum_dtype"] = ("fp32", "engine.precision")
+        # ZeRO 3 sums gradients over ranks in 16 bits. With nothing to accumulate, keeping them so loses nothing.
+        alone = stage == 3 and split.accumulation == 1
+        decided["data_types.grad_accum_dtype"] = (precision if alone else "fp32", "engine.precision")
     if precision == "bf16_autocast":
         decided["torch_autocast.dtype"] = ("bfloat16", "engine.precision")
         # None: every gradient is summed over ranks in fp32.

@@ -28,6 +28,7 @@ from mvar.ds_config import BatchSplit
 from mvar.errors import BackendError, ConfigError
 from mvar.launch import World
 from mvar.model.init import Initializer
+from mvar.model.mamba2 import DECAYS, Mamba2
 from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.objective import Losses, Objective
 from mvar.partition import EMA, WEIGHT, Partition, Piece
@@ -127,6 +128,17 @@ class Engine:
 
         self.partition.fill(initial)
         self.partition.publish()
+        self._publish_decays()
+
+    def _publish_decays(self) -> None:
+        """Mamba's decays stay fp32 where DeepSpeed keeps every parameter in 16 bits: hand the blocks the masters."""
+        if self.config.engine.precision not in ("bf16", "fp16"):
+            return
+        mixers = {name: module for name, module in self._engine.module.named_modules() if isinstance(module, Mamba2)}
+        names = [f"{mixer}.{part}" for mixer in mixers for part in DECAYS]
+        values = self.partition.gather(names, self.world.device)
+        for mixer, module in mixers.items():
+            module.exact_3H = torch.stack([values[f"{mixer}.{part}"] for part in DECAYS])
 
     def _initializer(self) -> Initializer:
         model = self._model_config
@@ -155,6 +167,8 @@ class Engine:
             if len(found) < len(batches):
                 self._engine.step()
         grad_norm, applied = self._update()
+        if applied:
+            self._publish_decays()
         if applied and self.config.optim.ema_decay:
             self.partition.average(self.config.optim.ema_decay)
         averages, bad, counts = self._agree(found, batches, votes, self.plan.lesson(step).scales)
@@ -275,6 +289,7 @@ class Engine:
     def restore(self, folder: Path) -> int:
         """Take up weights, moments and loss scale; returns the number of steps done."""
         progress = checkpoint.restore(folder, self.partition, self.world)
+        self._publish_decays()
         self.skipped_steps = progress.skipped_steps
         if self._scaler is not None and progress.loss_scaler is not None:
             for key in _SCALER_STATE & progress.loss_scaler.keys():

@@ -16,9 +16,10 @@ each sub-group's own re-assignment while it is open, and a gather of persistent 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -224,6 +225,19 @@ class Partition:
                             view.narrow(0, piece.offset, piece.count).copy_(values)
                 if self.stage == 3:
                     zero._reassign_or_swap_out_partitioned_parameters(number)
+
+    def gather(self, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """The whole fp32 weights of a few small parameters, on every rank, flat. All ranks."""
+        starts = dict(zip(names, accumulate((math.prod(self.shapes[name]) for name in names), initial=0), strict=False))
+        flat = torch.zeros(sum(math.prod(self.shapes[name]) for name in names), device=device)
+        for number, pieces in self._by_master([piece for piece in self.owned if piece.name in starts]):
+            if pieces:
+                with self.opened(number) as views:
+                    for piece in pieces:
+                        values = views[WEIGHT].narrow(0, piece.offset, piece.count)
+                        flat.narrow(0, starts[piece.name] + piece.start, piece.count).copy_(values)
+        dist.all_reduce(flat)
+        return {name: flat.narrow(0, start, math.prod(self.shapes[name])) for name, start in starts.items()}
 
     def _by_master(self, pieces: list[Piece]) -> list[tuple[int, list[Piece]]]:
         found: dict[int, list[Piece]] = {number: [] for number in range(len(self._masters))}

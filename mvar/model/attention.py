@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.errors import BackendError
-from mvar.model.precision import no_autocast, wide
+from mvar.model.precision import HALF, Linear, linear, no_autocast, wide
 
 AttentionBackend = Literal["auto", "sdpa", "flash"]
 
@@ -26,7 +26,6 @@ MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
 INITIAL_LOG_SCALE = math.log(4.0)
 NORM_FLOOR = 1e-12
-HALF = (torch.float16, torch.bfloat16)
 
 
 def varlen_layout(lengths: Sequence[int], batch: int) -> tuple[list[int], int]:
@@ -37,14 +36,14 @@ def varlen_layout(lengths: Sequence[int], batch: int) -> tuple[list[int], int]:
     return [0, *accumulate(list(lengths) * batch)], max(lengths)
 
 
-class BiasedLinear(nn.Linear):
+class BiasedLinear(Linear):
     """A linear layer whose bias is handed in, so that one weight serves q, k and v, of which k has no bias."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 class ScaleAttention(nn.Module):
@@ -67,7 +66,7 @@ class ScaleAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.mat_qkv = BiasedLinear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BLC: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """(B, L, C) -> (B, L, C); `lengths`: tokens of each scale that x holds, in order."""

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.model.attention import AttentionBackend, ScaleAttention
-from mvar.model.conditioning import modulated_norm, project, projection
+from mvar.model.conditioning import NormBackend, layer_norm, modulated_norm, project, projection
 from mvar.model.mamba2 import Mamba2, MambaBackend, MambaState
-from mvar.model.precision import wide
+from mvar.model.precision import Linear, wide
 
 BRANCHES = 3
 """Residual branches of a block, in order: attention, Mamba-2, feed-forward."""
@@ -25,8 +25,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
@@ -45,8 +45,10 @@ class Block(nn.Module):
         shared_conditioning: bool,
         attention_backend: AttentionBackend,
         mamba_backend: MambaBackend,
+        norm_backend: NormBackend,
     ) -> None:
         super().__init__()
+        self.norm = layer_norm(width, norm_backend)
         self.attn = ScaleAttention(width, heads, l2_norm=l2_norm, backend=attention_backend)
         self.mamba = Mamba2(width, backend=mamba_backend)
         self.ffn = FeedForward(width)
@@ -81,7 +83,7 @@ class Block(nn.Module):
             gate_BC = gates_GBC[branch]
             if drop_path_GB is not None:
                 gate_BC = gate_BC * drop_path_GB[branch].to(gate_BC).unsqueeze(-1)
-            h_BLC = modulated_norm(x_BLC, scales_GBC[branch], shifts_GBC[branch], dtype)
+            h_BLC = modulated_norm(self.norm, x_BLC, scales_GBC[branch], shifts_GBC[branch], dtype)
             if branch == 0:
                 h_BLC = self.attn(h_BLC, lengths)
             elif branch == 1:

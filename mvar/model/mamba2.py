@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvar.model import mamba_kernels
 from mvar.model.mamba_ops import causal_conv, gated_norm
-from mvar.model.precision import no_autocast, wide
+from mvar.model.precision import Linear, no_autocast, wide
 from mvar.model.ssd import ssd
 
 MambaBackend = Literal["auto", "torch", "mamba_ssm"]
@@ -28,6 +28,8 @@ HEAD_WIDTH = 64
 EXPAND = 2
 CONV_WIDTH = 4
 NORM_EPS = 1e-5
+DECAYS = ("dt_bias", "A_log", "D")
+"""Parameters of the recurrence, one number a head. They stay fp32 in every precision."""
 
 
 @dataclass
@@ -81,10 +83,12 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))
-        self.in_proj = nn.Linear(width, 2 * inner + 2 * STATE + heads, bias=False)
+        self.exact_3H: Tensor | None = None
+        """fp32 values of dt_bias, A_log and D for an engine that keeps all parameters in 16 bits; not saved."""
+        self.in_proj = Linear(width, 2 * inner + 2 * STATE + heads, bias=False)
         self.conv1d = CausalConv(inner + 2 * STATE)
         self.norm = GatedNorm(inner)
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
 
     def forward(self, u_BLC: Tensor, state: MambaState | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C). With `state`, goes on from it and leaves in it the state after the last token."""
@@ -103,6 +107,14 @@ class Mamba2(nn.Module):
             return True
         return self.backend == "auto" and x.is_cuda and x.dtype != torch.float64 and mamba_kernels.available()
 
+    def _decays(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """dt_bias, A and D, wide. With `exact_3H`, its values and the parameters' gradients."""
+        values = [parameter.to(dtype) for parameter in (self.dt_bias, self.A_log, self.D)]
+        if self.exact_3H is not None:
+            values = [exact + (v - v.detach()) for exact, v in zip(self.exact_3H, values, strict=True)]
+        dt_bias_H, A_log_H, D_H = values
+        return dt_bias_H, -A_log_H.exp(), D_H
+
     def _mix_torch(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
         z, xBC_BLK, dt_BLH = torch.split(zxbcdt_BLE, [self.inner, self.inner + 2 * STATE, self.heads], dim=-1)
         dtype = wide(zxbcdt_BLE.dtype)
@@ -110,18 +122,17 @@ class Mamba2(nn.Module):
         conv_BLK = self.conv1d(xBC_BLK, tail)
         x, B_BLN, C_BLN = torch.split(conv_BLK, [self.inner, STATE, STATE], dim=-1)
         x_BLHP = x.view(*x.shape[:2], self.heads, HEAD_WIDTH)
-        dt_BLH = F.softplus(dt_BLH.to(dtype) + self.dt_bias.to(dtype))
-        A_H = -self.A_log.to(dtype).exp()
+        dt_bias_H, A_H, D_H = self._decays(dtype)
+        dt_BLH = F.softplus(dt_BLH.to(dtype) + dt_bias_H)
         memory_BHPN = state.ssm_BHPN if state is not None else None
-        y_BLHP, ssm_BHPN = ssd(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, self.D, memory_BHPN, final=state is not None)
+        y_BLHP, ssm_BHPN = ssd(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, memory_BHPN, final=state is not None)
         if state is not None:
             state.tail_BVK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
         mixed: Tensor = self.norm(y_BLHP.flatten(2), z)
         return mixed
 
     def _mix_kernels(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
-        dtype = wide(zxbcdt_BLE.dtype)
-        A_H, D_H, dt_bias_H = -self.A_log.to(dtype).exp(), self.D.to(dtype), self.dt_bias.to(dtype)
+        dt_bias_H, A_H, D_H = self._decays(wide(zxbcdt_BLE.dtype))
         weight_KW, bias_K = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if state is None and mamba_kernels.fusable(zxbcdt_BLE):
             return mamba_kernels.fused_mixer(

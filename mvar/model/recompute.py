@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 ActivationCheckpointing = Literal["off", "every", "selective"] | int
 
-_LINEAR = {"aten::mm", "aten::addmm"}
+_LINEAR = {"aten::mm", "aten::addmm", "mvar::linear_by_fp32"}
 """Linear layers. Batched products are Mamba's scan, which works in place and is done again as a whole."""
 _ATTENTION = ("aten::_scaled_dot_product_", "flash_attn::")
 

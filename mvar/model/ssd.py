@@ -12,7 +12,8 @@ The backward pass is written by hand: it recomputes the matrices, so that nothin
 Chunks are worked off a few at a time, so that what one step writes is still in the cache when the next step reads it.
 
 Shapes: B batch, L tokens, H heads, P head width, N state; R chunks of all images, K of one, G of a block; Q tokens
-of a chunk. Decays, step sizes and the travelling state are wide (float32 or float64); products run in x's dtype.
+of a chunk. Decays, step sizes and the travelling state are wide (float32 or float64); products run in x's dtype, or in
+float32 on a CPU that cannot multiply that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvar.model.blocking import runs
-from mvar.model.precision import wide
+from mvar.model.precision import product_dtype, wide
 
 CHUNK = 64
 """Tokens of a chunk, about: with as many channels of a head and of the state, all products cost the same."""
@@ -89,6 +90,7 @@ class _ChunkedSum(torch.autograd.Function):
         final: bool,
         chunk: int,
     ) -> tuple[Tensor, Tensor | None]:
+        dtype = x_BLHP.dtype
         chunks = _Chunks.of(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, chunk)
         x_RQHP, C_RQN = chunks.x_RQHP, chunks.C_RQN
         before_RNX = final_BHPN = None
@@ -104,10 +106,11 @@ class _ChunkedSum(torch.autograd.Function):
             else:
                 seen_GQHP = torch.bmm(C_RQN[rows], before_RNX[rows]).view(y_GQHP.shape)
                 torch.addcmul(y_GQHP, seen_GQHP, chunks.into_RQH1[rows], out=y_RQHP[rows])
-        ctx.save_for_backward(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, before_RNX)
+        kept_RNX = None if before_RNX is None else before_RNX.to(dtype)
+        ctx.save_for_backward(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, kept_RNX)
         ctx.chunk, ctx.has_state = chunk, state_BHPN is not None
         ctx.set_materialize_grads(False)
-        return y_RQHP.view(x_BLHP.shape), final_BHPN if final else None
+        return y_RQHP.view(x_BLHP.shape).to(dtype), final_BHPN if final else None
 
     @staticmethod
     @once_differentiable
@@ -115,8 +118,9 @@ class _ChunkedSum(torch.autograd.Function):
         x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, before_RNX = ctx.saved_tensors
         chunks = _Chunks.of(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, ctx.chunk)
         x_RQHP, B_RQN, C_RQN = chunks.x_RQHP, chunks.B_RQN, chunks.C_RQN
-        dtype, wider = x_BLHP.dtype, wide(x_BLHP.dtype)
-        dy_RQHP = torch.zeros_like(x_RQHP) if dy_BLHP is None else dy_BLHP.reshape(x_RQHP.shape)
+        dtype, wider = x_RQHP.dtype, wide(x_RQHP.dtype)
+        dy_RQHP = torch.zeros_like(x_RQHP) if dy_BLHP is None else dy_BLHP.reshape(x_RQHP.shape).to(dtype)
+        before_RNX = None if before_RNX is None else before_RNX.to(dtype)
 
         # Gradients of s and of log dt, the latter only where dt scales what a token sends.
         dsum_RQH, sent_RQH = torch.zeros_like(chunks.sum_RQH), torch.zeros_like(chunks.sum_RQH)
@@ -175,11 +179,11 @@ class _ChunkedSum(torch.autograd.Function):
         dlog_RQH = dsum_RQH.flip(1).cumsum(1).flip(1)  # of dt A
         ddt_RQH = sent_RQH / chunks.dt_RQH.clamp_min(TINY) + dlog_RQH * A_H
         return (
-            dx_RQHP.view(x_BLHP.shape),
+            dx_RQHP.view(x_BLHP.shape).to(x_BLHP.dtype),
             ddt_RQH.view(dt_BLH.shape),
             (dlog_RQH * chunks.dt_RQH).sum((0, 1)),
-            dB_RQN.to(dtype).view(B_BLN.shape),
-            dC_RQN.to(dtype).view(C_BLN.shape),
+            dB_RQN.to(B_BLN.dtype).view(B_BLN.shape),
+            dC_RQN.to(C_BLN.dtype).view(C_BLN.shape),
             dD_H.to(D_H.dtype),
             back.dinitial_BHPN if back is not None and ctx.has_state else None,
             None,
@@ -216,7 +220,8 @@ class _Chunks:
         cls, x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_H: Tensor, chunk: int
     ) -> _Chunks:
         heads, width = x_BLHP.shape[2:]
-        dtype = x_BLHP.dtype
+        dtype = product_dtype(x_BLHP.dtype, x_BLHP.device)
+        x_BLHP, B_BLN, C_BLN = (t.to(dtype) for t in (x_BLHP, B_BLN, C_BLN))
         B_RQN, C_RQN = B_BLN.reshape(-1, chunk, B_BLN.shape[-1]), C_BLN.reshape(-1, chunk, C_BLN.shape[-1])
         dt_RQH = dt_BLH.reshape(-1, chunk, heads)
         sum_RQH = (dt_RQH * A_H).cumsum(1)

@@ -17,9 +17,9 @@ from mvar.config import ModelConfig
 from mvar.errors import ConfigError
 from mvar.model.attention import AttentionBackend, ScaleAttention
 from mvar.model.block import VECTORS, Block
-from mvar.model.conditioning import ConditionedNorm, project, projection
+from mvar.model.conditioning import ConditionedNorm, NormBackend, project, projection
 from mvar.model.mamba2 import HEAD_WIDTH, MambaBackend, MambaState
-from mvar.model.precision import WideEmbedding, WideLinear, compute_dtype
+from mvar.model.precision import Linear, WideEmbedding, WideLinear, compute_dtype
 from mvar.model.recompute import ActivationCheckpointing, keeping_linears, recomputes
 from mvar.model.token_loss import token_losses
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
@@ -61,6 +61,7 @@ class MVAR(nn.Module):
         shared_conditioning: bool = False,
         attention_backend: AttentionBackend = "auto",
         mamba_backend: MambaBackend = "auto",
+        norm_backend: NormBackend = "torch",
         activation_checkpointing: ActivationCheckpointing = "off",
     ) -> None:
         super().__init__()
@@ -92,10 +93,11 @@ class MVAR(nn.Module):
                 shared_conditioning=shared_conditioning,
                 attention_backend=attention_backend,
                 mamba_backend=mamba_backend,
+                norm_backend=norm_backend,
             )
             for _ in range(depth)
         )
-        self.head_nm = ConditionedNorm(width)
+        self.head_nm = ConditionedNorm(width, norm_backend)
         self.head = WideLinear(width, vocab_size)
         self.register_load_state_dict_pre_hook(_drop_published_buffers)  # type: ignore[no-untyped-call]
 
@@ -116,6 +118,7 @@ class MVAR(nn.Module):
             shared_conditioning=config.shared_conditioning,
             attention_backend=config.attention_backend,
             mamba_backend=config.mamba_backend,
+            norm_backend=config.norm_backend,
             activation_checkpointing=activation_checkpointing,
         )
 
@@ -183,7 +186,7 @@ class MVAR(nn.Module):
         What is computed wide (embeddings, head, decays, norms) keeps its precision.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, WideLinear):
+            if isinstance(module, Linear):
                 module.to(dtype)
             if isinstance(module, ScaleAttention):
                 module.q_bias.data, module.v_bias.data = module.q_bias.to(dtype), module.v_bias.to(dtype)

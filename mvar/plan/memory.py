@@ -7,7 +7,9 @@ P parameters on N ranks; e bytes of a weight: 2 in bf16 and fp16, else 4. Master
 | 0     | 4 P     | 4 P                | 8 P       | the weights are their own masters; no bf16, no fp16      |
 | 1     | e P     | bf16 6 P, else 4 P | 12 P/N    | bf16: the gradients and their fp32 sums                  |
 | 2     | e P     | 4 P/N              | 12 P/N    | e = 4: a gradient across the border of ranks stays whole |
-| 3     | e P/N   | 4 P/N              | 12 P/N    | small parameters are also kept whole                     |
+| 3     | e P/N   | 4 P/N; e P/N alone | 12 P/N    | small parameters are also kept whole                     |
+
+alone: a step of one micro-batch.
 
 Stage 1 with e = 4 and without accumulation holds the gradients as stage 2 does.
 
@@ -105,7 +107,8 @@ def model_state(sizes: Sizes, setup: Setup) -> State:
     if setup.stage == 3:
         share = sum(-(-count // setup.world) for group in groups for count in group)
         kept = sum(count for group in groups for count in group if count <= _persistent(setup))
-        return _offloaded(setup, e * share, e * kept, FP32 * share, FP32 * share, FP32 * share * setup.ema)
+        gradients = (e if setup.accumulation == 1 else FP32) * share
+        return _offloaded(setup, e * share, e * kept, gradients, FP32 * share, FP32 * share * setup.ema)
     padded = [-(-sum(group) // (ALIGNED_TO * setup.world)) * ALIGNED_TO * setup.world for group in groups]
     share = sum(padded) // setup.world
     gradients = FP32 * share

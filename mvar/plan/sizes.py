@@ -30,7 +30,9 @@ class Sizes:
         model = model.model_copy(update={"num_classes": model.num_classes or IMAGENET_CLASSES})
         assert model.num_classes is not None
         # Kernels are a matter of running it; any machine may plan for any other.
-        portable = model.model_copy(update={"attention_backend": "auto", "mamba_backend": "auto"})
+        portable = model.model_copy(
+            update={"attention_backend": "auto", "mamba_backend": "auto", "norm_backend": "torch"}
+        )
         with torch.device("meta"):
             built = MVAR.from_config(portable, num_classes=model.num_classes)
         return cls(model, {name: tuple(p.shape) for name, p in built.named_parameters()})

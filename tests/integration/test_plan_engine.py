@@ -29,6 +29,7 @@ CASES: tuple[dict[str, tuple[int, str, int, dict[str, Any]]], ...] = (
     # Stage 3 in processes of its own: DeepSpeed replaces torch's linear layer for good.
     {
         "3 fp32": (3, "fp32", 2, {}),
+        "3 bf16": (3, "bf16", 2, {}),
         "3 bf16 gathered twice": (3, "bf16", 1, {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}),
     },
 )

@@ -20,6 +20,7 @@ from mvar.engine import Engine
 from mvar.job import Job, prepare
 from mvar.launch import World
 from mvar.lifecycle import RunFolder
+from mvar.model.mamba2 import DECAYS
 from mvar.objective import Losses, Objective
 from tests.code_stores import make_store
 from tests.distributed import REPOSITORY, Ranks, run_ranks
@@ -132,10 +133,21 @@ def run_variants(world: World, trees: dict[str, Any]) -> dict[str, Any]:
         again, job = build(world, tree)
         again.restore(folder)
         assert run_steps(again, job, world, 5, 10) == tail, f"{name}: going on is not bit-exact"
+        if tree["engine"]["precision"] in ("bf16", "fp16"):
+            check_decays(again)
         scale = vars(again._scaler) if again._scaler is not None else None
         assert scale is None or scale == vars(engine._scaler)
         found[name] = {"losses": head + tail, "validation": validation.loss, "skipped": engine.skipped_steps}
     return found
+
+
+def check_decays(engine: Engine) -> None:
+    """The blocks compute with the fp32 master values of Mamba's decays, which 16 bits could not hold."""
+    names = [f"blocks.1.mamba.{part}" for part in DECAYS]
+    masters = torch.stack(list(engine.partition.gather(names, engine.world.device).values()))
+    exact = engine._engine.module.blocks[1].mamba.exact_3H
+    assert exact.dtype == torch.float32 and torch.equal(exact, masters)
+    assert not torch.equal(exact[:2], exact[:2].bfloat16().float())
 
 
 def test_precisions_checkpointing_and_ranks_agree(tmp_path: Path, store: Path) -> None:

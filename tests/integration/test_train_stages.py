@@ -10,14 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from mvar import checkpoint
+from mvar import checkpoint, ds_config
 from mvar.checkpoint import Reader, save
 from mvar.cli import main as mvar
 from mvar.config import TrainConfig
+from mvar.ds_config import BatchSplit, Tree
 from mvar.engine import Engine, parameter_groups
 from mvar.job import Job, prepare
 from mvar.launch import World
@@ -32,6 +34,7 @@ from tests.distributed import run_ranks
 from tests.tiny_runs import STAGES, config
 
 STEPS, SAVED_AT = 20, 8
+RESOLVE = ds_config.resolve
 OTHER = {"0": "1", "1": "2", "2": "0", "3": "2"}
 """Stage -> the stage whose checkpoint it also goes on from."""
 
@@ -204,6 +207,39 @@ def test_every_stage_with_every_recomputation_on_every_number_of_ranks_is_the_sa
     }
     for name, losses in run_ranks(train_cases, ranks, tmp_path / "job", trees=cases)[0].items():
         assert losses == pytest.approx(expected, rel=1e-5), name
+
+
+def train_with_gradients_in(world: World, tree: dict[str, Any], dtypes: list[str]) -> list[list[list[float]]]:
+    """Losses and gradient norms of a training whose engine keeps its gradients in each of these dtypes."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks for speed; any processor can compute it.
+    found = []
+    for dtype in dtypes:
+
+        def resolve(config: TrainConfig, split: BatchSplit, dtype: str = dtype) -> Tree:
+            return RESOLVE(config, split) | {"data_types": {"grad_accum_dtype": dtype}}
+
+        with patch("mvar.engine.ds_config.resolve", side_effect=resolve):
+            engine, job = build(world, tree)
+        engine.initialise()
+        found.append(run_steps(engine, job, world, 0, STEPS))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gradients_in_16_bits_lose_nothing_in_stage_3_without_accumulation(
+    tmp_path: Path, trained: Trained, precision: str
+) -> None:
+    store = Path(trained.tree.data.store)
+    tree = config(tmp_path, store, stage=3, engine__precision=precision, engine__micro_batch=4)
+    assert ds_config.resolve(tree, BatchSplit.of(8, 2, 4))["data_types"] == {"grad_accum_dtype": precision}
+    assert ds_config.resolve(tree, BatchSplit.of(8, 2, 2))["data_types"] == {"grad_accum_dtype": "fp32"}
+    dtypes = [precision, "fp32"]
+    narrow, wide = run_ranks(
+        train_with_gradients_in, 2, tmp_path / "job", tree=tree.model_dump(mode="json"), dtypes=dtypes
+    )[0]
+    assert narrow == wide
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar.model.mamba2 import CausalConv, GatedNorm, Mamba2, MambaState
+from mvar.model.mamba2 import DECAYS, CausalConv, GatedNorm, Mamba2, MambaState
 from mvar.model.mamba_ops import causal_conv
 from mvar.model.ssd import WHOLE, chunk_length, ssd
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
@@ -234,3 +234,30 @@ def test_convolution_keeps_the_published_shapes() -> None:
         "weight": (10, 1, 4),
         "bias": (10,),
     }
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_exact_decays_replace_values_and_leave_gradients(carried: bool) -> None:
+    torch.manual_seed(0)
+    wide, narrow = Mamba2(64, backend="torch"), Mamba2(64, backend="torch")
+    decays = torch.randn(3, 2)
+    with torch.no_grad():
+        for name, value in zip(DECAYS, decays, strict=True):
+            getattr(wide, name).copy_(value)
+    narrow.load_state_dict(wide.state_dict())
+    with torch.no_grad():
+        for name in DECAYS:
+            getattr(narrow, name).copy_(getattr(narrow, name).bfloat16())
+    u_BLC = torch.randn(2, 14, 64)
+
+    def run(mixer: Mamba2) -> Tensor:
+        return mixer(u_BLC, MambaState() if carried else None)
+
+    assert not torch.equal(run(narrow), run(wide))
+    narrow.exact_3H = decays
+    assert torch.equal(run(narrow), run(wide))
+    for mixer in (wide, narrow):
+        run(mixer).square().mean().backward()
+    for name in DECAYS:
+        assert torch.equal(getattr(narrow, name).grad, getattr(wide, name).grad)
+    assert narrow.state_dict().keys() == wide.state_dict().keys()

@@ -3,7 +3,9 @@
 Legend: B batch, L tokens, V vocabulary, D depth.
 """
 
+import sys
 import weakref
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -364,3 +366,30 @@ def test_mamba_kernels_asked_for_by_name_refuse_a_cpu(monkeypatch: pytest.Monkey
     model = small(mamba_backend="mamba_ssm")
     with pytest.raises(BackendError, match="need a CUDA device"):
         model(*batch_of(model))
+
+
+def test_apex_normalises_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """apex needs CUDA to build, so a stand-in with its documented signature takes its place here."""
+    made: list[tuple[int, float, bool]] = []
+
+    class FusedLayerNorm(torch.nn.LayerNorm):
+        def __init__(self, normalized_shape: int, eps: float, elementwise_affine: bool) -> None:
+            super().__init__(normalized_shape, eps, elementwise_affine)
+            made.append((normalized_shape, eps, elementwise_affine))
+
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    normalization = ModuleType("apex.normalization")
+    normalization.FusedLayerNorm = FusedLayerNorm  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex.normalization", normalization)
+    plain = small()
+    fused = small(norm_backend="apex")
+    assert made == [(plain.width, 1e-6, False)] * (plain.depth + 1)
+    fused.load_state_dict(plain.state_dict())
+    labels_B, x_BLC = batch_of(plain)
+    assert torch.equal(fused(labels_B, x_BLC), plain(labels_B, x_BLC))
+
+
+def test_apex_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "apex.normalization", None)
+    with pytest.raises(BackendError, match="norm_backend=apex"):
+        small(norm_backend="apex")
