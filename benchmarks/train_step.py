@@ -44,6 +44,7 @@ from mvar.objective import Objective
 from mvar.plan.flops import flops
 from mvar.plan.memory import Kernels, Setup, memory, saved_for_backward
 from mvar.plan.sizes import Sizes
+from tests.engine_bytes import kept_by_autograd
 
 PLAIN_CHUNK = 64
 """Tokens of a chunk in the paper's listing."""
@@ -184,18 +185,11 @@ def memory_against_plan(run: Run, world: launch.World) -> float:
         torch.cuda.reset_peak_memory_stats()
         run.step()
         return torch.cuda.max_memory_allocated() / memory(sizes, setup, config.global_batch).peak
-    kept: dict[int, int] = {}
-    owned = {parameter.untyped_storage().data_ptr() for parameter in run.engine.model.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_by_autograd(run.engine.model.parameters()) as kept:
         run.loss()
-    return sum(kept.values()) / saved_for_backward(sizes, setup, config.global_batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / saved_for_backward(
+        sizes, setup, config.global_batch
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -90,6 +90,8 @@ class Engine:
         self._optimizer = client
         self.partition = Partition(self._engine, client, ema=config.optim.ema_decay > 0)
         self._scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None) if _is_fp16(config) else None
+        modules: Any = self._engine.module.named_modules()
+        self._mixers = {name: module for name, module in modules if isinstance(module, Mamba2)}
         self._rates_D = drop_path_rates(model.depth, model.resolved_drop_path)
         self._last: tuple[Tensor, NDArray[np.int64]] | None = None
         """Losses and samples of this rank's last step."""
@@ -134,10 +136,9 @@ class Engine:
         """Mamba's decays stay fp32 where DeepSpeed keeps every parameter in 16 bits: hand the blocks the masters."""
         if self.config.engine.precision not in ("bf16", "fp16"):
             return
-        mixers = {name: module for name, module in self._engine.module.named_modules() if isinstance(module, Mamba2)}
-        names = [f"{mixer}.{part}" for mixer in mixers for part in DECAYS]
+        names = [f"{mixer}.{part}" for mixer in self._mixers for part in DECAYS]
         values = self.partition.gather(names, self.world.device)
-        for mixer, module in mixers.items():
+        for mixer, module in self._mixers.items():
             module.exact_3H = torch.stack([values[f"{mixer}.{part}"] for part in DECAYS])
 
     def _initializer(self) -> Initializer:

@@ -7,7 +7,7 @@ allocates is overlooked. Messages are counted where DeepSpeed hands them to torc
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,21 @@ def storages(tensors: list[Any]) -> dict[int, int]:
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()
     return found
+
+
+@contextmanager
+def kept_by_autograd(parameters: Iterable[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """What the forward pass inside the block keeps for the backward pass, by address; `parameters` apart."""
+    owned = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def everything_alive() -> dict[int, int]:

@@ -23,6 +23,7 @@ from mvar.plan.memory import (
     saved_for_backward,
 )
 from mvar.plan.sizes import Sizes
+from tests.engine_bytes import kept_by_autograd
 
 SMALL = ModelConfig(
     depth=3, width=192, heads=3, patch_nums=(1, 2, 3, 4, 5, 6, 8), vocab_size=256, latent_channels=8, num_classes=10
@@ -44,22 +45,14 @@ def forward(config: ModelConfig, recompute: ActivationCheckpointing, *, autocast
     tokens = sum(side * side for side in config.patch_nums)
     labels_B, codes_T = torch.zeros(IMAGES, dtype=torch.int64), torch.zeros(IMAGES * tokens, dtype=torch.int64)
     x_BLC = torch.randn(IMAGES, tokens - 1, config.latent_channels)
-    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
     before = set(alive())
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in owned:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     casting = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casting:
+    with kept_by_autograd(model.parameters()) as kept, casting:
         logits_BLV = model(labels_B, x_BLC, drop_path_DGB=torch.ones(config.depth, 3, IMAGES))
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), codes_T)
     del logits_BLV
     if recompute == "selective":  # What it keeps lies in a table of its own.
-        kept |= {place: t for place, t in alive().items() if place not in before | owned}
+        kept |= {place: t for place, t in alive().items() if place not in before}
     loss.kept_bytes = sum(t.untyped_storage().nbytes() for t in kept.values())  # type: ignore[attr-defined]
     return loss
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mvar.model import precision
 from mvar.model.precision import Linear, product_dtype
 from mvar.model.transformer import MVAR
+from tests.engine_bytes import kept_by_autograd
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -62,17 +63,9 @@ def test_only_a_cpu_without_instructions_multiplies_in_float32(instructions: boo
 
 def kept_dtypes(model: MVAR, labels_B: Tensor, x_BLC: Tensor) -> set[tuple[torch.dtype, int]]:
     """Dtypes and sizes of what autograd keeps, parameters apart."""
-    kept: set[tuple[torch.dtype, int]] = set()
-    parameters = {p.data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in parameters:
-            kept.add((tensor.dtype, tensor.numel()))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_by_autograd(model.parameters()) as kept:
         model(labels_B, x_BLC)
-    return kept
+    return {(tensor.dtype, tensor.untyped_storage().nbytes()) for tensor in kept.values()}
 
 
 def test_what_autograd_keeps_does_not_depend_on_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
