@@ -1,10 +1,13 @@
 """Tokenizing against a straightforward loop: decode a batch, encode it, quantize it, one after the other, fp32, NCHW.
 
-fp32_vs_loop         images/s of `mvar tokenize` (decoding ahead, channels_last, shards written) / images/s of the loop
+fp32_vs_loop         images/s of `mvar tokenize` (all of it, shards written) / images/s of the loop
 bf16_vs_loop         the same with the encoder's convolutions in bfloat16
 encoder_busy         share of the time in which the encoder did not wait for images, fp32
 encoder_busy_bf16    the same, bfloat16
 code_agreement_bf16  share of codes that bfloat16 has in common with fp32
+
+The loop is what one writes first, with the same tokenizer module, all cores on each operation. It runs in a process of
+its own, so that nothing of how `mvar tokenize` sets up its process (memory, threads) reaches it. They take turns.
 
 The tokenizer has the published geometry and random weights (seeded); its codebook holds outputs of its own encoder.
 The images are made up: JPEGs of 500 x 375 pixels. Smaller runs: --images, --batch, --channels, --rounds.
@@ -14,9 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,32 +69,41 @@ def make_tokenizer(path: Path, channels: int, images: ImageFolder) -> None:
     save_tokenizer(path, vqvae)
 
 
+def loop_seconds(images: ImageFolder, tokenizer: Path, count: int, batch: int, threads: int | None) -> float:
+    """The straightforward loop over `count` images."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    vqvae = load_tokenizer(tokenizer)
+    plan = ViewPlan(vqvae.image_size)
+
+    def run() -> None:
+        for begin in range(0, count, batch):
+            items = images.items[begin : begin + batch]
+            views = [plan.render(images.read_rgb(item.path), 0, item.key) for item in items]
+            with torch.inference_mode():
+                vqvae.encode(from_uint8(np.concatenate(views)).contiguous())
+
+    return seconds_of(run)
+
+
 def measure(count: int, batch: int, channels: int, rounds: int, threads: int | None) -> Report:
     report = Report("tokenize")
-    with tempfile.TemporaryDirectory() as scratch:
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(1, mp_context=spawn) as elsewhere:
         root = Path(scratch)
         images = make_images(root / "images", count)
-        make_tokenizer(root / "tokenizer.safetensors", channels, images)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        plain = load_tokenizer(root / "tokenizer.safetensors")
-        plan = ViewPlan(plain.image_size)
+        tokenizer = root / "tokenizer.safetensors"
+        make_tokenizer(tokenizer, channels, images)
         busy: dict[str, list[float]] = {"fp32": [], "bf16": []}
 
         def loop() -> float:
-            def run() -> None:
-                for begin in range(0, count, batch):
-                    items = images.items[begin : begin + batch]
-                    views = [plan.render(images.read_rgb(item.path), 0, item.key) for item in items]
-                    with torch.inference_mode():
-                        plain.encode(from_uint8(np.concatenate(views)).contiguous())
-
-            return count / seconds_of(run)
+            return count / elsewhere.submit(loop_seconds, images, tokenizer, count, batch, threads).result()
 
         def ours(precision: str, number: int) -> float:
             store = root / f"{precision}-{number}"
-            keys = [f"source={images.root}", f"tokenizer={root}/tokenizer.safetensors", f"store={store}"]
+            keys = [f"source={images.root}", f"tokenizer={tokenizer}", f"store={store}"]
             keys += [f"precision={precision}", "accept_agreement=0", f"calibration_images={min(count, 16)}"]
+            keys += [] if threads is None else [f"threads={threads}"]
             config = load(TokenizeConfig, None, [*keys, f"batch={batch}", "device=cpu"])
             with contextlib.redirect_stdout(io.StringIO()):
                 outcome = tokenize(config)

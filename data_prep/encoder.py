@@ -1,42 +1,70 @@
 """Views to codes on the device, in the arithmetic that the configuration names.
 
-Legend: B views encoded at once, L tokens, H, W pixels.
+On a CPU each thread encodes pieces of a batch by itself. That is as fast as all threads on each operation, and a
+picture's codes do not depend on their number: float32 sums that are split over threads do.
+
+Legend: B views encoded at once, L tokens, H, W pixels, C channels, h, w sides of the latent map.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.job import Precision, TokenizeConfig
+from data_prep.job import Precision, TokenizeConfig, cores
 from data_prep.views import Pixels
+from mvar.allocator import keep_freed_memory
 from mvar.errors import BackendError
 from mvar.images import from_uint8
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
+PIECE = 2
+"""Views that a CPU thread encodes at once: large enough for fast convolutions, small enough to share out evenly."""
+
+
+class Launched(Protocol):
+    """Codes that are on their way."""
+
+    def is_done(self) -> bool: ...
+
+    def collect(self) -> NDArray[np.uint16]:
+        """The codes (B, L), when they are done."""
+        ...
+
 
 @dataclass
 class Encoder:
-    """At most `batch` views at once through the convolutions, in `precision`; the quantizer is float32 always."""
+    """At most `batch` views at once through the convolutions, in `precision`; the quantizer is float32 always.
+
+    `threads`: of a CPU; default: all cores.
+    """
 
     vqvae: VQVAE
     device: torch.device
     batch: int
     precision: Precision = "fp32"
     compiled: bool = False
+    threads: int | None = None
     _features: Callable[[Tensor], Tensor] = field(init=False, repr=False)
-    _launched: torch.cuda.Event | None = field(init=False, repr=False, default=None)
+    _pool: ThreadPoolExecutor | None = field(init=False, repr=False, default=None)
+    _latest: Launched | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        # A fixed size: shorter batches are filled up, so that only one is compiled.
-        self._features = torch.compile(self.vqvae.features, dynamic=False) if self.compiled else self.vqvae.features
+        features = half_features(self.vqvae) if self.precision == "bf16" else self.vqvae.features
+        self._features = torch.compile(features, dynamic=False) if self.compiled else features
+        if self.device.type == "cpu":
+            threads = cores() if self.threads is None else self.threads
+            self._pool = ThreadPoolExecutor(threads, "mvar-encode", initializer=torch.set_num_threads, initargs=(1,))
 
     @classmethod
     def load(cls, config: TokenizeConfig) -> Encoder:
@@ -45,60 +73,104 @@ class Encoder:
         if config.device == "cuda" and not has_cuda:
             raise BackendError("device=cuda: this machine has no CUDA device that torch can use. Set device=cpu.")
         device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+        if device.type == "cpu":
+            if config.precision == "tf32":
+                raise BackendError("precision=tf32: a CPU does not have it. Set precision=fp32, or bf16.")
+            keep_freed_memory()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         geometry = None if config.patch_nums is None else {"patch_nums": list(config.patch_nums)}
         vqvae = load_tokenizer(config.tokenizer, geometry)
         # channels_last is faster and gives the same codes.
         torch.nn.utils.convert_conv2d_weight_memory_format(vqvae.to(device), torch.channels_last)
-        return cls(vqvae, device, config.batch, config.precision, config.compile)
+        return cls(vqvae, device, config.batch, config.precision, config.compile, config.threads)
 
     def exact(self) -> Encoder:
         """The same tokenizer in plain float32."""
-        return Encoder(self.vqvae, self.device, self.batch)
+        return Encoder(self.vqvae, self.device, self.batch, threads=self.threads)
 
     def __call__(self, images_BHWC: Pixels) -> NDArray[np.uint16]:
         """uint8 (B, H, W, 3) -> codes, uint16 (B, L)."""
-        return collect(self.launch(images_BHWC))
+        return self.launch(images_BHWC).collect()
 
-    def launch(self, images_BHWC: Pixels) -> Tensor:
-        """Start encoding: codes int64 (B, L) on the device, which a GPU may still be working on."""
-        with deterministic(tf32=False), torch.inference_mode():
-            parts = [
-                self._encode(self._on_device(from_uint8(images_BHWC[begin : begin + self.batch])))
-                for begin in range(0, len(images_BHWC), self.batch)
-            ]
-            codes_BL = torch.cat(parts)
-        if self.device.type == "cuda":
-            self._launched = torch.cuda.Event()
-            self._launched.record()
-        return codes_BL
+    def launch(self, images_BHWC: Pixels) -> Launched:
+        """Start encoding, behind what was launched before: the caller goes on at once."""
+        self._latest = self._launch_on_threads(images_BHWC) if self._pool else self._launch_on_gpu(images_BHWC)
+        return self._latest
 
     def is_idle(self) -> bool:
         """Whether everything that was launched is done."""
-        return self._launched is None or self._launched.query()
+        return self._latest is None or self._latest.is_done()
 
-    def _on_device(self, images_BCHW: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return images_BCHW
-        return images_BCHW.pin_memory().to(self.device, non_blocking=True)
+    def _launch_on_threads(self, images_BHWC: Pixels) -> Launched:
+        assert self._pool is not None
+        pieces = (images_BHWC[begin : begin + PIECE] for begin in range(0, len(images_BHWC), PIECE))
+        return _OnThreads([self._pool.submit(self._encode, from_uint8(piece), PIECE) for piece in pieces])
 
-    def _encode(self, images_BCHW: Tensor) -> Tensor:
+    def _launch_on_gpu(self, images_BHWC: Pixels) -> Launched:
+        with deterministic(tf32=False):
+            parts = [
+                self._encode(images_BCHW.pin_memory().to(self.device, non_blocking=True), self.batch)
+                for images_BCHW in from_uint8(images_BHWC).split(self.batch)
+            ]
+        event = torch.cuda.Event()
+        event.record()
+        return _OnGpu(parts, event)
+
+    @torch.inference_mode()
+    def _encode(self, images_BCHW: Tensor, size: int) -> Tensor:
+        """Codes of at most `size` views, int64 (B, L)."""
         count = len(images_BCHW)
-        if self.compiled and count < self.batch:
-            filler = images_BCHW.new_zeros(self.batch - count, *images_BCHW.shape[1:])
+        if self.compiled and count < size:  # Filled up, so that only one size is compiled.
+            filler = images_BCHW.new_zeros(size - count, *images_BCHW.shape[1:])
             images_BCHW = torch.cat([images_BCHW, filler]).contiguous(memory_format=torch.channels_last)
-        with (
-            deterministic(tf32=self.precision == "tf32"),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
-        ):
-            features_BChw = self._features(images_BCHW)[:count]
-        return self.vqvae.quantizer.encode(features_BChw.float())
+        if self.precision == "tf32":
+            with deterministic(tf32=True):
+                features_BChw = self._features(images_BCHW)
+        else:
+            features_BChw = self._features(images_BCHW)
+        return self.vqvae.quantizer.encode(features_BChw[:count])
 
 
-def collect(codes_BL: Tensor) -> NDArray[np.uint16]:
-    """Launched codes, uint16 (B, L), when they are done."""
-    return codes_BL.cpu().numpy().astype(np.uint16)
+@dataclass(frozen=True)
+class _OnThreads:
+    pieces: list[Future[Tensor]]
+
+    def is_done(self) -> bool:
+        return all(piece.done() for piece in self.pieces)
+
+    def collect(self) -> NDArray[np.uint16]:
+        return _as_stored([piece.result() for piece in self.pieces])
+
+
+@dataclass(frozen=True)
+class _OnGpu:
+    parts: list[Tensor]
+    event: torch.cuda.Event
+
+    def is_done(self) -> bool:
+        return bool(self.event.query())
+
+    def collect(self) -> NDArray[np.uint16]:
+        return _as_stored(self.parts)
+
+
+def _as_stored(parts: list[Tensor]) -> NDArray[np.uint16]:
+    return torch.cat(parts).cpu().numpy().astype(np.uint16)
+
+
+def half_features(vqvae: VQVAE) -> Callable[[Tensor], Tensor]:
+    """`vqvae.features` with the encoder's trunk in bfloat16; the two small convolutions behind it stay in float32.
+
+    Rounding only what they give would already change four codes in a hundred.
+    """
+    trunk = copy.deepcopy(vqvae.encoder).bfloat16().trunk
+
+    def features(images_BCHW: Tensor) -> Tensor:
+        f_BChw: Tensor = vqvae.quant_conv(vqvae.encoder.head(trunk(images_BCHW.bfloat16()).float()))
+        return f_BChw
+
+    return features
 
 
 @contextmanager

@@ -20,11 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from data_prep.calibrate import Calibration, calibrate, calibration_views, require_accepted
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
-from data_prep.encoder import Encoder, collect
+from data_prep.encoder import Encoder, Launched
 from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes
 from data_prep.pixels import DamagedImageError
 from data_prep.progress import Progress, clock
@@ -197,7 +196,7 @@ class ShardMaker:
             self.progress.add(1)
 
     def _encoded(self, batches: Iterator[list[Rendered]]) -> Iterator[tuple[Rendered, NDArray[np.uint16] | None]]:
-        """Codes of each image. A batch is collected when the next one is launched: a GPU never waits for us."""
+        """Codes of each image. A batch is collected when the next one is launched: the encoder never waits for us."""
         before = None
         for batch in batches:
             views = [image.views for image in batch if not isinstance(image.views, DamagedImageError)]
@@ -225,8 +224,8 @@ class ShardMaker:
         self.progress.say(f"left out {item.key}: {reason}")
 
 
-def _collected(batch: list[Rendered], codes_BL: Tensor | None) -> Iterator[tuple[Rendered, NDArray[np.uint16] | None]]:
-    rows = iter(() if codes_BL is None else collect(codes_BL))
+def _collected(batch: list[Rendered], codes: Launched | None) -> Iterator[tuple[Rendered, NDArray[np.uint16] | None]]:
+    rows = iter(() if codes is None else codes.collect())
     for image in batch:
         if isinstance(image.views, DamagedImageError):
             yield image, None

@@ -155,10 +155,18 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.head(self.trunk(x_BCHW))
+
+    def trunk(self, x_BCHW: Tensor) -> Tensor:
+        """Nearly all of the work: (B, 3, H, W) -> (B, width, h, w)."""
         x_BCHW = self.conv_in(x_BCHW)
         for level in self.down:
             x_BCHW = level(x_BCHW)
-        out_BChw: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x_BCHW))))
+        mixed_BChw: Tensor = self.mid(x_BCHW)
+        return mixed_BChw
+
+    def head(self, x_BChw: Tensor) -> Tensor:
+        out_BChw: Tensor = self.conv_out(_norm_silu(self.norm_out, x_BChw))
         return out_BChw
 
 
@@ -185,7 +193,7 @@ class Decoder(nn.Module):
         x_BChw = self.mid(self.conv_in(x_BChw))
         for level in reversed(self.up):
             x_BChw = level(x_BChw)
-        images_BCHW: Tensor = self.conv_out(F.silu(self.norm_out(x_BChw)))
+        images_BCHW: Tensor = self.conv_out(_norm_silu(self.norm_out, x_BChw))
         return images_BCHW
 
 
@@ -239,11 +247,9 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))
-        shortcut_BCHW = self.nin_shortcut(x_BCHW) if self.nin_shortcut is not None else x_BCHW
-        out_BCHW: Tensor = shortcut_BCHW + h_BCHW
-        return out_BCHW
+        h_BCHW: Tensor = self.conv1(_norm_silu(self.norm1, x_BCHW))
+        h_BCHW = self.conv2(_norm_silu(self.norm2, h_BCHW))
+        return h_BCHW.add_(self.nin_shortcut(x_BCHW) if self.nin_shortcut is not None else x_BCHW)
 
 
 class PixelAttention(nn.Module):
@@ -262,8 +268,8 @@ class PixelAttention(nn.Module):
         qkv_BLC = qkv_BCHW.permute(0, 2, 3, 1).reshape(batch, 1, height * breadth, 3 * width)
         out_BLC = F.scaled_dot_product_attention(*qkv_BLC.chunk(3, dim=-1))
         out_BCHW = out_BLC.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
-        result_BCHW: Tensor = x_BCHW + self.proj_out(out_BCHW)
-        return result_BCHW
+        result_BCHW: Tensor = self.proj_out(out_BCHW)
+        return result_BCHW.add_(x_BCHW)
 
 
 class Downsample(nn.Module):
@@ -288,6 +294,11 @@ class Upsample(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out_BCHW: Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
         return out_BCHW
+
+
+def _norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
+    """silu(norm(x)); without a new map for the result, unless a gradient needs the norm's."""
+    return F.silu(norm(x_BCHW), inplace=not torch.is_grad_enabled())
 
 
 def _norm(width: int) -> nn.GroupNorm:

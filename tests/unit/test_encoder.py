@@ -7,23 +7,24 @@ import pytest
 import torch
 
 from data_prep.calibrate import CALIBRATION, Calibration, agreement_by_scale, calibrate, require_accepted
-from data_prep.encoder import Encoder
+from data_prep.encoder import Encoder, deterministic
 from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig
 from data_prep.tokenize import tokenize
 from mvar.config import load
-from mvar.errors import ConfigError, ImageError
+from mvar.errors import BackendError, ConfigError, ImageError
 from mvar.images import from_uint8
 from mvar.scales import ScalePyramid
 from mvar.store import CodeStore
+from mvar.tokenizer.vqvae import VQVAE
 from tests.stores import PATCH_NUMS, SIZE_PX, TOKENS, VOCAB, image_folder, tiny_tokenizer, tiny_vqvae
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (7, SIZE_PX, SIZE_PX, 3), dtype=np.uint8)
 
 
-def encoder(precision="fp32", batch=4, compiled=False):
-    return Encoder(tiny_vqvae(), torch.device("cpu"), batch, precision, compiled)
+def encoder(precision="fp32", batch=4, compiled=False, threads=None):
+    return Encoder(tiny_vqvae(), torch.device("cpu"), batch, precision, compiled, threads)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,34 @@ def test_fp32_codes_are_those_of_the_tokenizer_itself():
     assert codes.shape == (7, TOKENS)
 
 
-def test_bf16_rounds_the_convolutions_and_leaves_the_quantizer_exact():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_codes_of_an_image_depend_on_neither_threads_nor_batch(precision):
+    wide = VQVAE(channels=32, latent_channels=8, vocab_size=64, patch_nums=(1, 2, 4, 8), channel_mult=(1, 2, 8))
+    images = np.random.default_rng(5).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+
+    def codes(batch, threads):
+        made = Encoder(wide.eval().requires_grad_(False), torch.device("cpu"), batch, precision, threads=threads)
+        return np.concatenate([made(images[:3]), made(images[3:])] if batch == 3 else [made(images)])
+
+    expected = codes(5, 1)
+    assert all(np.array_equal(codes(batch, threads), expected) for batch in (5, 3) for threads in (2, 3))
+
+
+def test_launched_codes_come_in_the_order_they_were_launched():
+    made = encoder(threads=2)
+    launched = [made.launch(IMAGES[:3]), made.launch(IMAGES[3:])]
+    assert np.array_equal(np.concatenate([part.collect() for part in launched]), encoder()(IMAGES))
+    assert made.is_idle()
+    assert launched[0].is_done()
+
+
+def test_bf16_rounds_the_trunk_and_leaves_head_and_quantizer_exact():
     seen = []
     fast = encoder("bf16")
     fast.vqvae.quantizer.encode = lambda f, plain=fast.vqvae.quantizer.encode: seen.append(f) or plain(f)
     codes = fast(IMAGES)
     assert all(f.dtype == torch.float32 for f in seen)
-    assert all(torch.equal(f, f.bfloat16().float()) for f in seen)  # They come out of a bfloat16 convolution.
+    assert not all(torch.equal(f, f.bfloat16().float()) for f in seen)  # They come out of a float32 convolution.
     agreement = (codes == encoder()(IMAGES)).mean()
     assert 0.3 < agreement < 1
     assert codes.max() < VOCAB
@@ -61,11 +83,16 @@ def test_bf16_rounds_the_convolutions_and_leaves_the_quantizer_exact():
 def test_the_arithmetic_outside_stays_as_it_was():
     torch.set_float32_matmul_precision("high")
     try:
-        encoder("tf32")(IMAGES)
+        with deterministic(tf32=False):
+            assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_tf32_is_refused_on_a_cpu(inputs, tmp_path):
+    with pytest.raises(BackendError, match="precision=tf32: a CPU does not have it"):
+        tokenize(config(inputs, tmp_path / "codes", "precision=tf32", "device=cpu"))
 
 
 def test_agreement_is_counted_scale_by_scale():
