@@ -17,6 +17,7 @@ import numpy as np
 import pydantic
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data_prep.encoder import Encoder, deterministic
 from data_prep.job import TokenizeConfig
@@ -123,11 +124,11 @@ def calibration_views(config: TokenizeConfig, source: Source, size: int) -> Pixe
 def _psnr_db(encoder: Encoder, codes_BL: NDArray[np.uint16], images_BHWC: Pixels) -> float:
     from mvar.tokenizer.trainer import psnr_db
 
-    squared_B = []
-    with deterministic(tf32=False), torch.inference_mode():
-        for begin in range(0, len(codes_BL), encoder.batch):
-            own = slice(begin, begin + encoder.batch)
-            codes = torch.from_numpy(codes_BL[own].astype(np.int64)).to(encoder.device)
-            errors_BCHW = encoder.vqvae.decode(codes).cpu() - from_uint8(images_BHWC[own])
-            squared_B.append(errors_BCHW.square().mean(dim=(1, 2, 3)))
-    return psnr_db(float(torch.cat(squared_B).mean()))
+    @torch.inference_mode()
+    def squared_errors_B(own: slice) -> Tensor:
+        codes = torch.from_numpy(codes_BL[own].astype(np.int64)).to(encoder.device)
+        errors_BCHW = encoder.vqvae.decode(codes).cpu() - from_uint8(images_BHWC[own])
+        return errors_BCHW.square().mean(dim=(1, 2, 3))
+
+    with deterministic(tf32=False):
+        return psnr_db(float(encoder.in_pieces(squared_errors_B, len(codes_BL)).mean()))

@@ -102,9 +102,15 @@ class Encoder:
         """Whether everything that was launched is done."""
         return self._latest is None or self._latest.is_done()
 
+    def in_pieces(self, work: Callable[[slice], Tensor], count: int) -> Tensor:
+        """What `work` gives for slices of `count` views, cut and computed as for encoding, in their order."""
+        if self._pool is None:
+            return torch.cat([work(own) for own in _slices(count, self.batch)])
+        return torch.cat(list(self._pool.map(work, _slices(count, PIECE))))
+
     def _launch_on_threads(self, images_BHWC: Pixels) -> Launched:
         assert self._pool is not None
-        pieces = (images_BHWC[begin : begin + PIECE] for begin in range(0, len(images_BHWC), PIECE))
+        pieces = (images_BHWC[own] for own in _slices(len(images_BHWC), PIECE))
         return _OnThreads([self._pool.submit(self._encode, from_uint8(piece), PIECE) for piece in pieces])
 
     def _launch_on_gpu(self, images_BHWC: Pixels) -> Launched:
@@ -153,6 +159,10 @@ class _OnGpu:
 
     def collect(self) -> NDArray[np.uint16]:
         return _as_stored(self.parts)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(begin, begin + size) for begin in range(0, count, size)]
 
 
 def _as_stored(parts: list[Tensor]) -> NDArray[np.uint16]:

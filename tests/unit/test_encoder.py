@@ -60,6 +60,11 @@ def test_the_codes_of_an_image_depend_on_neither_threads_nor_batch(precision):
     assert all(np.array_equal(codes(batch, threads), expected) for batch in (5, 3) for threads in (2, 3))
 
 
+def test_a_calibration_does_not_depend_on_threads():
+    one, three = (calibrate(encoder("bf16", threads=threads), IMAGES) for threads in (1, 3))
+    assert one == three
+
+
 def test_launched_codes_come_in_the_order_they_were_launched():
     made = encoder(threads=2)
     launched = [made.launch(IMAGES[:3]), made.launch(IMAGES[3:])]
