@@ -26,7 +26,7 @@ Compared are the maps at the end of each stage: relu1_2, relu2_2, relu3_3, relu4
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Of ImageNet's pictures in [0, 1], by colour: what torchvision's weights were trained with."""
-NORM_EPS = 1e-10
+NORM_EPS = 1e-8
 LAYOUT = "torchvision's VGG-16: features.0.weight, features.0.bias, ... features.28.bias"
 
 
