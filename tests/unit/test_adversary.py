@@ -79,16 +79,15 @@ def test_the_weight_and_the_update_are_those_of_the_whole_batch(backbone, thread
     critic_loss = critic_hinge(
         trainer.adversary.critic(rebuilt.images_BCHW), trainer.adversary.critic(rebuilt.rebuilt_BCHW.detach())
     )
-    parameters = [p for p in trainer.parameters.values()]
+    parameters = list(trainer.parameters.values())
     expected = torch.autograd.grad(loss + weight.detach() * adversarial, parameters, allow_unused=True)
     of_critic_loss = torch.autograd.grad(critic_loss, list(trainer.adversary.parameters.values()))
     measured_weight = trainer._learn_everywhere(pixels, 7, trainer.adversary)[1]
     assert measured_weight == pytest.approx(weight.item(), rel=1e-4)
     for parameter, gradient in zip(parameters, expected, strict=True):
         if gradient is not None:
-            torch.testing.assert_close(
-                parameter.grad, gradient, rtol=1e-3, atol=1e-4 * (1 + gradient.abs().max().item())
-            )
+            atol = 1e-4 * (1 + gradient.abs().max().item())
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=atol)
     for parameter, gradient in zip(trainer.adversary.parameters.values(), of_critic_loss, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
@@ -119,9 +118,7 @@ def test_a_critic_that_blew_up_stops_with_advice_and_no_weight_has_changed(backb
     with torch.no_grad():
         trainer.adversary.critic.judge.bias.fill_(float("inf"))
     before = {name: value.clone() for name, value in trainer.tensors().items()}
-    with pytest.raises(
-        MvarError, match=r"(?s)adversarial.* not finite\) at step 3; expected finite numbers\. Lower lr"
-    ):
+    with pytest.raises(MvarError, match=r"adversarial.* not finite\) at step 3; expected finite numbers"):
         trainer.step(some_pixels(6, 9))
     assert all(torch.equal(value, before[name]) for name, value in trainer.tensors().items())
 

@@ -48,7 +48,6 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
     assert sum(step["revived"] for step in one["measured"]) > 5
     for ours, theirs in zip(one["measured"], first["measured"], strict=True):
         assert ours.keys() == theirs.keys()
-        assert "adversarial_weight" in theirs or "critic" not in theirs
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
     assert "adversarial_weight" in first["measured"][-1]
     assert first["rebuilt"] == pytest.approx(one["rebuilt"], abs=1e-5)
