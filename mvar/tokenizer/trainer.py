@@ -275,11 +275,12 @@ class Trainer:
         """Quality on the pictures of all ranks together; `pixels_NHWC`: this rank's part of them, uint8."""
         scales = self.vqvae.quantizer.pyramid.num_scales
         tally = Tally(scales, self.vqvae.vocab_size)
+        share = max(1, MEASURED_BY_SCALE // self.world.size)
         if len(pixels_NHWC):
             rebuilt_NCHW, codes_NL = self.rebuild(pixels_NHWC)
             images_NCHW = from_uint8(pixels_NHWC)
             tally.add(images_NCHW, rebuilt_NCHW, usage_SV(self.vqvae.quantizer, codes_NL))
-            few = slice(0, max(1, MEASURED_BY_SCALE // self.world.size))
+            few = torch.linspace(0, len(codes_NL) - 1, min(len(codes_NL), share)).round().long()
             coarse = list(self._pool.map(self._rebuild_scale, repeat(codes_NL[few]), range(1, scales)))
             tally.add_scales(images_NCHW[few], [*coarse, rebuilt_NCHW[few]])
         return tally.quality(self.world.sum(tally.sums))

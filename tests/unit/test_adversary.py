@@ -112,6 +112,19 @@ def test_a_critic_learns_to_tell_real_from_rebuilt(backbone):
     assert measured[-1]["critic_real"] > measured[-1]["critic_rebuilt"] + 0.3
 
 
+def test_all_terms_together_lower_the_error_on_pictures_that_were_not_learned_from(backbone):
+    trainer = tiny_trainer(tiny_config(backbone, loss={"perceptual": 0.05, "adversarial": 0.1}, lr=3e-3, steps=100))
+    trainer.step(some_pixels(6, 0))
+    before = trainer.quality(some_pixels(20, 999))
+    for seed in range(1, 100):
+        measured = trainer.step(some_pixels(6, seed))
+    after = trainer.quality(some_pixels(20, 999))
+    assert "critic" in measured
+    assert after.l1 < 0.85 * before.l1
+    assert after.psnr_db > before.psnr_db + 1
+    assert after.ssim > before.ssim + 0.03
+
+
 def test_a_critic_that_blew_up_stops_with_advice_and_no_weight_has_changed(backbone):
     trainer = trained(backbone, 3)
     assert trainer.adversary is not None
