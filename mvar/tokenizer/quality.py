@@ -27,7 +27,7 @@ class Quality:
     psnr_db: float
     """Peak signal-to-noise ratio of clamped reconstructions, against the full range [-1, 1]."""
     ssim: float
-    """Structural similarity (Wang et al. 2004; window of 11 px, sigma 1.5, borders reflected); NaN for pictures below 11 px."""
+    """Structural similarity (Wang et al. 2004; window of 11 px, sigma 1.5, borders reflected); NaN below 11 px."""
     l1: float
     """Mean absolute error, range [-1, 1]."""
     psnr_db_per_scale: list[float]
