@@ -106,20 +106,23 @@ class Adversary:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=BETAS, weight_decay=0.0, fused=True)
 
     @staticmethod
-    def pull(critic: nn.Module, rebuilt_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(critic: nn.Module, rebuilt_BCHW: Tensor, autocast: torch.autocast) -> tuple[Tensor, Tensor]:
         """The adversarial error of rebuilt pictures, detached, and its gradient with respect to them (B, 3, H, W)."""
-        error = adversarial_error(critic(rebuilt_BCHW).float())
+        with autocast:
+            logits = critic(rebuilt_BCHW)
+        error = adversarial_error(logits.float())
         (gradient_BCHW,) = torch.autograd.grad(error, rebuilt_BCHW)
         return error.detach(), gradient_BCHW
 
     @staticmethod
-    def learn(critic: nn.Module, images_BCHW: Tensor, rebuilt_BCHW: Tensor) -> Judged:
+    def learn(critic: nn.Module, images_BCHW: Tensor, rebuilt_BCHW: Tensor, autocast: torch.autocast) -> Judged:
         """Forward and backward of one replica on real and rebuilt pictures; gradients stay in its parameters."""
         critic.zero_grad()
-        real, rebuilt = critic(images_BCHW).float(), critic(rebuilt_BCHW.detach()).float()
-        loss = critic_hinge(real, rebuilt)
+        with autocast:
+            real, rebuilt = critic(images_BCHW), critic(rebuilt_BCHW)
+        loss = critic_hinge(real.float(), rebuilt.float())
         loss.backward()
-        return Judged(loss.detach(), real.detach().mean(), rebuilt.detach().mean())
+        return Judged(loss.detach(), real.detach().float().mean(), rebuilt.detach().float().mean())
 
     def update(self, lr: float) -> None:
         """One optimizer step with the gradients in the parameters."""

@@ -195,8 +195,8 @@ class Trainer:
         with self._autocast():
             on_pictures, values = total_loss([term for term in self.terms if not term.of_latents], cut)
             on_latents, more_values = total_loss([term for term in self.terms if term.of_latents], cut)
-            (of_terms_BCHW,) = torch.autograd.grad(on_pictures, cut_BCHW)
-            adversarial, of_critic_BCHW = Adversary.pull(critic, cut_BCHW)
+        (of_terms_BCHW,) = torch.autograd.grad(on_pictures, cut_BCHW)
+        adversarial, of_critic_BCHW = Adversary.pull(critic, cut_BCHW, self._autocast())
         last = replica.decoder.conv_out.weight
         at_last = [
             torch.autograd.grad(rebuilt.rebuilt_BCHW, last, gradient_BCHW, retain_graph=True)[0]
@@ -221,8 +221,8 @@ class Trainer:
             torch.autograd.backward([one.rebuilt.rebuilt_BCHW, one.on_latents], [pull_BCHW, None])
         else:
             one.rebuilt.rebuilt_BCHW.backward(pull_BCHW)
-        with self._autocast():
-            judged = Adversary.learn(critic, one.rebuilt.images_BCHW, one.rebuilt.rebuilt_BCHW.detach())
+        pictures = one.rebuilt.images_BCHW, one.rebuilt.rebuilt_BCHW.detach()
+        judged = Adversary.learn(critic, *pictures, self._autocast())
         return _Share.of(one.rebuilt, {**one.values, **judged._asdict()})
 
     def _means(self, shares: Sequence[_Share], batch: int) -> dict[str, float]:

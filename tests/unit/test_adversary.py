@@ -104,6 +104,17 @@ def test_the_term_joins_at_its_step_and_not_before(backbone):
     assert not all(torch.equal(value, start[name]) for name, value in trainer.adversary.critic.state_dict().items())
 
 
+def test_bf16_measures_nearly_what_fp32_does(backbone):
+    """The first step with every term: convolutions of tokenizer, backbone and critic are rounded, sums are not."""
+    fine, coarse = (
+        tiny_trainer(tiny_config(backbone, loss={"adversarial_start": 0}, precision=precision)).step(some_pixels(6))
+        for precision in ("fp32", "bf16")
+    )
+    for name in ("l1", "perceptual", "adversarial", "adversarial_weight", "critic"):
+        assert coarse[name] == pytest.approx(fine[name], rel=0.1, abs=0.05), name
+        assert coarse[name] != fine[name], name
+
+
 def test_a_critic_learns_to_tell_real_from_rebuilt(backbone):
     trainer = tiny_trainer(tiny_config(backbone, loss={"adversarial_start": 0}, lr=1e-3, steps=60))
     measured = [trainer.step(some_pixels(6, seed)) for seed in range(40)]
