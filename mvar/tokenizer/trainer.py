@@ -275,14 +275,20 @@ class Trainer:
         """Quality on the pictures of all ranks together; `pixels_NHWC`: this rank's part of them, uint8."""
         scales = self.vqvae.quantizer.pyramid.num_scales
         tally = Tally(scales, self.vqvae.vocab_size)
-        share = max(1, MEASURED_BY_SCALE // self.world.size)
-        if len(pixels_NHWC):
-            rebuilt_NCHW, codes_NL = self.rebuild(pixels_NHWC)
-            images_NCHW = from_uint8(pixels_NHWC)
-            tally.add(images_NCHW, rebuilt_NCHW, usage_SV(self.vqvae.quantizer, codes_NL))
-            few = torch.linspace(0, len(codes_NL) - 1, min(len(codes_NL), share)).round().long()
-            coarse = list(self._pool.map(self._rebuild_scale, repeat(codes_NL[few]), range(1, scales)))
-            tally.add_scales(images_NCHW[few], [*coarse, rebuilt_NCHW[few]])
+        codes = []
+        # Block by block: SSIM needs fifteen times the memory of the pictures.
+        at_once = EVALUATED_AT_ONCE * len(self.replicas)
+        for start in range(0, len(pixels_NHWC), at_once):
+            block_NHWC = pixels_NHWC[start : start + at_once]
+            rebuilt_NCHW, codes_NL = self.rebuild(block_NHWC)
+            tally.add(from_uint8(block_NHWC), rebuilt_NCHW, usage_SV(self.vqvae.quantizer, codes_NL))
+            codes.append(codes_NL)
+        if codes:
+            share = min(len(pixels_NHWC), max(1, MEASURED_BY_SCALE // self.world.size))
+            few = np.linspace(0, len(pixels_NHWC) - 1, share).round().astype(np.int64)
+            codes_NL = torch.cat(codes)[torch.from_numpy(few)]
+            by_scale = self._pool.map(self._rebuild_scale, repeat(codes_NL), range(1, scales + 1))
+            tally.add_scales(from_uint8(pixels_NHWC[few]), list(by_scale))
         return tally.quality(self.world.sum(tally.sums))
 
     # ---- what a saved state holds
