@@ -368,6 +368,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(1)
     launch.finish()
+    if world.size > 1:
+        # All is written and closed. The interpreter's own end now and then aborts in a thread of torch's.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
