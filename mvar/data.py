@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from mvar.errors import ConfigError, StoreError
 from mvar.randomness import permuted, view_of
 from mvar.store import Split
 
+T = TypeVar("T")
 I64 = NDArray[np.int64]
 
 
@@ -169,24 +171,24 @@ def _ahead(batches: Iterator[Batch], depth: int = 2) -> Generator[Batch, None, N
         thread.join()
 
 
-class Feed:
+class Feed(Generic[T]):
     """Hands out each step's micro-batches, one step ahead of their use.
 
     So an error of reading (a damaged shard on one node) can be put to the vote of all ranks before any of them waits
     for the others in the step that lacks its data.
     """
 
-    def __init__(self, stream: Iterator[Batch], accumulation: int) -> None:
+    def __init__(self, stream: Iterator[T], accumulation: int) -> None:
         self._stream, self._accumulation = stream, accumulation
         self.error: Exception | None = None
         """Why the next step's batches are missing."""
         self._ahead = self._read()
 
-    def take(self) -> list[Batch]:
+    def take(self) -> list[T]:
         batches, self._ahead = self._ahead, self._read()
         return batches
 
-    def _read(self) -> list[Batch]:
+    def _read(self) -> list[T]:
         try:
             return [next(self._stream) for _ in range(self._accumulation)]
         except Exception as error:

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from mvar.config import REPOSITORY
-from mvar.errors import ConfigError, MvarError
+from mvar.errors import BackendError, ConfigError, MvarError
 
 T = TypeVar("T")
 _INTERACTIVE_STEP = 0xFFFF_FFF0
@@ -272,7 +272,7 @@ class RemoteError(Exception):
 
 
 def start(environ: MutableMapping[str, str] = os.environ, threads: int | None = None) -> World:
-    """Join the other processes (NCCL with GPUs, gloo without), choose the device, set CPU threads.
+    """Join the other processes through DeepSpeed (NCCL with GPUs, gloo without), choose the device, set CPU threads.
 
     Raises ConfigError where the launch is wrong. The DeepSpeed extensions that get compiled are kept in
     TORCH_EXTENSIONS_DIR, by default `.cache/torch_extensions` of the repository.
@@ -289,9 +289,31 @@ def start(environ: MutableMapping[str, str] = os.environ, threads: int | None = 
     environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(index or 0))
     if index is not None:
         torch.cuda.set_device(device)
-    torch.set_num_threads(threads or max(1, _cores() // place.local_size))
+    torch.set_num_threads(threads or max(1, cores() // place.local_size))
     _join(place, device, environ)
+    _adopt_by_deepspeed(device)
     return World(place, device)
+
+
+def join(environ: MutableMapping[str, str] = os.environ, device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
+    """Join the other processes with torch alone (NCCL with GPUs, gloo without), and choose the device.
+
+    A process that is alone joins nobody: there is no process group then. Raises ConfigError where the launch is wrong,
+    BackendError where a GPU is asked for and there is none.
+    """
+    place = detect(environ)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device: got cuda, but torch sees no GPU here. Set device=cpu, or device=auto.")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        require_one_task_per_gpu(place, environ)
+    chosen = torch.device("cuda", _device_index(place, environ)) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if place.size > 1:
+        require_address(place)
+        _join(place, chosen, environ)
+    return World(place, chosen)
 
 
 def choose_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -300,7 +322,8 @@ def choose_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -325,6 +348,10 @@ def _join(place: Place, device: torch.device, environ: MutableMapping[str, str])
         environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
         bound = device if device.type == "cuda" else None
         dist.init_process_group(backend, rank=place.rank, world_size=place.size, device_id=bound)
+
+
+def _adopt_by_deepspeed(device: torch.device) -> None:
+    """Let DeepSpeed use the process group that was just made."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -333,7 +360,9 @@ def _join(place: Place, device: torch.device, environ: MutableMapping[str, str])
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A kernel for tensor-parallel inference. Training never calls it, and compiling it needs g++ and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
 
 
 def finish() -> None:

@@ -294,14 +294,16 @@ class Tracker:
         last_step: int,
         samples_at: Callable[[int], int],
         settings: Mapping[str, Any],
+        console: Sink | None = None,
     ) -> None:
+        """`console`: what to show on the terminal instead of the transformer's status line."""
         self._samples_at = samples_at
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
         if not is_main:
             return
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
-        self._sinks = [self._lines, Console(config.log_every, last_step)]
+        self._sinks = [self._lines, console or Console(config.log_every, last_step)]
         if config.wandb != "disabled":
             self._sinks.append(Guarded("wandb", lambda: WeightsAndBiases(folder, config, settings)))
         if config.tensorboard:

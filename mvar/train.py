@@ -25,7 +25,7 @@ import torch
 from mvar import checkpoint, launch
 from mvar.cli import run_command
 from mvar.config import TrainConfig, describe, dump, load
-from mvar.data import Feed, eval_batches
+from mvar.data import Batch, Feed, eval_batches
 from mvar.engine import Averages, Engine, StepResult
 from mvar.errors import ConfigError, MvarError, TrainingError
 from mvar.history import History
@@ -120,7 +120,7 @@ class Training(Started):
     job: Job
     tracker: Tracker
     saver: Saver
-    feed: Feed
+    feed: Feed[Batch]
     stability: Stability
 
     def loop(self, done: int) -> int:

@@ -5,12 +5,24 @@ Legend: V words, S scales, L tokens of all scales, Lk tokens of scale k, B image
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from mvar.randomness import uniform
 from mvar.tokenizer.quantizer import Quantizer
+
+
+class Rows(Protocol):
+    """Vectors (N, C): a tensor, or rows that lie on several ranks (mvar.tokenizer.parallel)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places_W: Tensor) -> Tensor:
+        """(W, C)."""
+
 
 START_ROUNDS = 4
 """Rounds of the start: residuals of finer scales are only known once the coarser ones have words."""
@@ -38,9 +50,9 @@ def start_codebook_(quantizer: Quantizer, f_BChw: Tensor, seed: int) -> None:
 
 
 @torch.no_grad()
-def count_usage_(quantizer: Quantizer, codes_BL: Tensor, decay: float) -> None:
-    """Move the moving average of uses per image, by scale and word, towards this batch."""
-    quantizer.ema_vocab_hit_SV.mul_(decay).add_(usage_SV(quantizer, codes_BL) / len(codes_BL), alpha=1 - decay)
+def count_usage_(quantizer: Quantizer, counts_SV: Tensor, images: int, decay: float) -> None:
+    """Move the moving average of uses per image, by scale and word, towards a batch with these counts (float32)."""
+    quantizer.ema_vocab_hit_SV.mul_(decay).add_(counts_SV / images, alpha=1 - decay)
 
 
 def usage_SV(quantizer: Quantizer, codes_BL: Tensor) -> Tensor:
@@ -50,7 +62,7 @@ def usage_SV(quantizer: Quantizer, codes_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def revive_(quantizer: Quantizer, residuals_NC: Tensor, below: float, seed: int, step: int) -> Tensor:
+def revive_(quantizer: Quantizer, residuals_NC: Rows, below: float, seed: int, step: int) -> Tensor:
     """Replace dead words by residuals that a batch had to quantize. Returns the words, int64 (W,).
 
     Residuals are drawn by a hash of (seed, step, word).
@@ -64,7 +76,7 @@ def revive_(quantizer: Quantizer, residuals_NC: Tensor, below: float, seed: int,
     return dead_W
 
 
-def _drawn(rows_NC: Tensor, words_W: Tensor, seed: int, stream: str, step: int) -> Tensor:
+def _drawn(rows_NC: Rows, words_W: Tensor, seed: int, stream: str, step: int) -> Tensor:
     """One of the rows for each word."""
     picks = (uniform(seed, stream, step, words_W.cpu().numpy()) * len(rows_NC)).astype(np.int64)
-    return rows_NC[torch.from_numpy(picks).to(rows_NC.device)]
+    return rows_NC[torch.from_numpy(picks).to(words_W.device)]

@@ -70,6 +70,19 @@ def load_quantizer(path: FilePath) -> Quantizer:
     return _filled(path, _built(path, Quantizer, header["geometry"]), tensors)
 
 
+def read_weights(path: FilePath, what: str) -> dict[str, Tensor]:
+    """Named tensors of a .safetensors or .pth file of anybody's, on the CPU; nothing is unpickled but tensors.
+
+    `what` it is supposed to be begins every message. Raises TokenizerError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TokenizerError(f"{what} {path}: not found. Give an existing .safetensors or .pth file.")
+    if path.suffix != ".safetensors":
+        return _read_pth(path, what)
+    return _read_safetensors(path, what)[0]
+
+
 def sha256_of(path: FilePath) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises TokenizerError if it cannot be read."""
     try:
@@ -132,25 +145,30 @@ def _read(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, Any] | N
     if not path.is_file():
         raise TokenizerError(f"{kind} file {path}: not found. Give an existing .safetensors or .pth file.")
     if path.suffix != ".safetensors":
-        return _read_pth(path, kind), None
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            entries = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise TokenizerError(_damaged(path, kind, f"not readable as safetensors ({error})")) from None
+        return _read_pth(path, f"{kind} file"), None
+    tensors, entries = _read_safetensors(path, f"{kind} file")
     if "mvar" not in entries:
         return tensors, None
     return tensors, _header(path, kind, entries["mvar"], tensors)
+
+
+def _read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            entries = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, entries  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise TokenizerError(_damaged(path, what, f"not readable as safetensors ({error})")) from None
 
 
 def _header(path: Path, kind: Kind, text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except ValueError:
-        raise TokenizerError(_damaged(path, kind, "its metadata is not JSON")) from None
+        raise TokenizerError(_damaged(path, f"{kind} file", "its metadata is not JSON")) from None
     if not isinstance(header, dict) or not isinstance(header.get("geometry"), dict):
-        raise TokenizerError(_damaged(path, kind, "its metadata states no geometry"))
+        raise TokenizerError(_damaged(path, f"{kind} file", "its metadata states no geometry"))
     if header.get("format") != FORMAT:
         raise TokenizerError(
             f"{kind} file {path}: format {header.get('format')!r}, expected {FORMAT}. Read it with the version of mvar"
@@ -161,26 +179,28 @@ def _header(path: Path, kind: Kind, text: str, tensors: dict[str, Tensor]) -> di
             f"{kind} file {path}: it holds a {header.get('kind')!r}, expected a {kind!r}. Give a {kind} file."
         )
     if header.get("digest") != digest_of(tensors):
-        raise TokenizerError(_damaged(path, kind, "its weights do not match the digest they were written with"))
+        raise TokenizerError(
+            _damaged(path, f"{kind} file", "its weights do not match the digest they were written with")
+        )
     return header
 
 
-def _read_pth(path: Path, kind: Kind) -> dict[str, Tensor]:
+def _read_pth(path: Path, what: str) -> dict[str, Tensor]:
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TokenizerError(_damaged(path, kind, f"not readable as a file of weights ({reason[:200]})")) from None
+        raise TokenizerError(_damaged(path, what, f"not readable as a file of weights ({reason[:200]})")) from None
     if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
         raise TokenizerError(
-            f"{kind} file {path}: expected a state dict (names and tensors), got something else. Give the published"
-            " tokenizer or one written by `mvar train-tokenizer`."
+            f"{what} {path}: expected a state dict (names and tensors), got something else. Give a file of"
+            " weights, such as the published tokenizer, without anything around them."
         )
     return {str(name): value for name, value in tree.items()}
 
 
-def _damaged(path: Path, kind: Kind, what: str) -> str:
-    return f"{kind} file {path}: damaged: {what}. Copy it again from its source, or train it again."
+def _damaged(path: Path, what: str, how: str) -> str:
+    return f"{what} {path}: damaged: {how}. Copy it again from its source, or train it again."
 
 
 # ---- geometry
@@ -273,6 +293,6 @@ def _filled(path: Path, module: M, tensors: dict[str, Tensor]) -> M:
         )
     damaged = [name for name, value in tensors.items() if not value.sum(dtype=torch.float64).isfinite()]
     if damaged:
-        raise TokenizerError(_damaged(path, "tokenizer", f"{damaged[0]} holds values that are not finite"))
+        raise TokenizerError(_damaged(path, "tokenizer file", f"{damaged[0]} holds values that are not finite"))
     module.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=True, assign=True)
     return module.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """What the tokenizer's training minimises: a list of named, weighted terms.
 
-A term is any callable from a `Rebuilt` batch to a scalar, a module with weights of its own included, so a perceptual
-or adversarial term is one more entry in the list.
+A term is any callable from a `Rebuilt` batch to a scalar, a frozen network included. The adversarial term is no entry
+of the list: it learns, and its weight depends on the others (see mvar.tokenizer.adversary).
 
 Legend: B images, C channels, H = W side of a picture.
 """
@@ -29,12 +29,14 @@ class Rebuilt:
 class LossTerm(NamedTuple):
     """`function` gives a scalar, a mean over the images; the total adds `weight` times it.
 
-    On a CPU it may be called from several threads at once, each with a part of the batch.
+    On a CPU it may be called from several threads at once, each with a part of the batch. `of_latents`: it looks at
+    what was quantized, not at the rebuilt pictures, so the decoder learns nothing from it.
     """
 
     name: str
     weight: float
     function: Callable[[Rebuilt], Tensor]
+    of_latents: bool = False
 
 
 def absolute_error(batch: Rebuilt) -> Tensor:

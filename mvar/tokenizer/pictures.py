@@ -5,7 +5,7 @@ Legend: B images, H = W side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,10 +25,20 @@ class Pictures:
 
     An epoch's view of an image is view number `epoch` (data_prep.views). Images stay in memory, resized, while they
     fit into `ram_gib`. Nothing else is kept: any step can be asked for at any time. `workers`: threads that decode.
+    `part`: places of the global batch that are wanted here, all by default.
     """
 
     def __init__(
-        self, source: Source, size: int, resize: float, batch: int, seed: int, *, ram_gib: float = 4.0, workers: int = 2
+        self,
+        source: Source,
+        size: int,
+        resize: float,
+        batch: int,
+        seed: int,
+        *,
+        part: range | None = None,
+        ram_gib: float = 4.0,
+        workers: int = 2,
     ) -> None:
         self.items = source.splits["train"]
         self.size, self.resize, self.batch_size, self.seed = size, resize, batch, seed
@@ -36,20 +46,21 @@ class Pictures:
         self._kept: dict[int, Image.Image] = {}
         self._room_bytes = int(ram_gib * 2**30)
         self._workers = workers
+        self._part = range(batch) if part is None else part
 
     @property
     def steps_per_epoch(self) -> float:
         return len(self.items) / self.batch_size
 
     def batch(self, step: int, pool: ThreadPoolExecutor | None = None) -> Pixels:
-        """uint8 (B, H, W, 3) of optimizer step `step` (from 0)."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        """uint8 (B, H, W, 3) of optimizer step `step` (from 0): the wanted part of its global batch."""
+        positions = step * self.batch_size + np.asarray(self._part)
         epochs = positions // len(self.items)
         indices = permuted(self.seed, epochs, positions % len(self.items), len(self.items))
         wanted = zip(indices.tolist(), epochs.tolist(), strict=True)
         return np.stack(list((pool.map if pool else map)(self._picture, wanted)))
 
-    def batches(self, first: int, end: int) -> Iterator[Pixels]:
+    def batches(self, first: int, end: int) -> Generator[Pixels, None, None]:
         """Batches of steps `first` to `end - 1`; the next is made while the caller works on one."""
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(self._workers) as pool:
             waiting: Any = None

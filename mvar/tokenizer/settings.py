@@ -11,6 +11,16 @@ from mvar.config import Fraction, Section
 from mvar.errors import MvarError
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
+SMALLEST_SEEN = 16
+"""Pixels of a side that VGG-16's four halvings leave one of."""
+FILES = frozenset({"loss.perceptual_backbone", "loss.perceptual_heads"})
+"""Keys whose files are part of what is trained."""
+
+
+def patches(side: int, layers: int) -> int:
+    """Patches along a side that a critic of so many halvings judges in pictures of `side` pixels."""
+    return (side >> layers) - 2
+
 
 class GeometryConfig(Section):
     """Arguments of VQVAE. The defaults are the published 256 px tokenizer."""
@@ -47,21 +57,49 @@ class LossConfig(Section):
     l2: NonNegativeFloat = Field(1.0, description="mean squared error of the pictures")
     codebook: NonNegativeFloat = Field(1.0, description="squared error between running reconstruction and features")
     commitment: NonNegativeFloat = Field(0.25, description="the same, moving the features")
+    perceptual: NonNegativeFloat = Field(0.0, description="LPIPS distance of the pictures; needs perceptual_backbone")
+    perceptual_backbone: Path | None = Field(
+        None, description="VGG-16 in torchvision's layout, .pth or .safetensors (tokenizer.md)"
+    )
+    perceptual_heads: Path | None = Field(None, description="LPIPS's linear heads; default: all channels count alike")
+    adversarial: NonNegativeFloat = Field(
+        0.0, description="critic's opinion; multiplies the adaptive weight, which equals the other terms' gradients"
+    )
+    adversarial_start: NonNegativeInt = Field(0, description="first step of critic and adversarial term")
+    adversarial_largest: PositiveFloat = Field(1e4, description="largest adaptive weight, before the multiplication")
+    adversarial_lr_scale: PositiveFloat = Field(1.0, description="learning rate of the critic / of the tokenizer")
+    adversarial_channels: PositiveInt = Field(64, description="channels of the critic's first layer")
+    adversarial_layers: PositiveInt = Field(3, description="halvings of the side in the critic; 3: patches of 70 px")
+
+    @model_validator(mode="after")
+    def _complete(self) -> LossConfig:
+        if self.perceptual and self.perceptual_backbone is None:
+            raise ValueError(
+                "perceptual is on, but perceptual_backbone names no file. Give a VGG-16 in torchvision's layout, or set"
+                " perceptual to 0"
+            )
+        if self.adversarial and not (self.l1 or self.l2 or self.perceptual):
+            raise ValueError(
+                "adversarial needs another term that compares pictures, which its weight follows. Set l1, l2 or"
+                " perceptual above 0"
+            )
+        return self
 
 
 class TokenizerTrainConfig(Section):
     """Everything `mvar train-tokenizer` can be told."""
 
-    images: Path = Field(description="folder of class folders (or of train/ and val/ with class folders)")
+    images: str = Field(description="class folders (or train/ and val/ with them), a list, or tars, as for tokenizing")
+    images_cache: Path | None = Field(None, description="folder that tars behind a URL are copied into")
     out: Path = Field(description="folder for tokenizer.safetensors and its training; the same command resumes")
     geometry: GeometryConfig = Field(default_factory=lambda: GeometryConfig())
     seed: NonNegativeInt = Field(0, description="seed of weights, order of pictures, crops, revived words")
     val_fraction: Fraction = Field(0.1, description="images held out where the folder has no val/")
     validate_images: PositiveInt = Field(500, description="held-out images that quality is measured on, at most")
     resize: float = Field(1.125, ge=1, description="shorter side before the crop / the pictures' side")
-    ram_gib: NonNegativeFloat = Field(4.0, description="memory for decoded images, in GiB")
+    ram_gib: NonNegativeFloat = Field(4.0, description="memory of a process for decoded images, in GiB")
     steps: PositiveInt = Field(description="optimizer steps")
-    batch: PositiveInt = Field(64, description="images of a step")
+    batch: PositiveInt = Field(64, description="images of a step, over all processes")
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
     codebook_lr_scale: PositiveFloat = Field(1.0, description="learning rate of the codebook / of the rest")
     final_lr: Fraction = Field(0.02, description="learning rate at the end / at the peak")
@@ -78,19 +116,49 @@ class TokenizerTrainConfig(Section):
     revive_until: Fraction = Field(0.7, description="share of the training after which no word is revived")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="convolutions; auto: bf16 if fast here")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto: a GPU if there is one")
-    threads: PositiveInt | None = Field(None, description="CPU threads; default: all cores")
+    threads: PositiveInt | None = Field(None, description="CPU threads of a process; default: cores / processes here")
     log_every: PositiveInt = Field(20, description="steps between two status lines")
     validate_every: NonNegativeInt = Field(500, description="steps between measurements of quality; 0: only at the end")
     save_every: PositiveInt = Field(200, description="steps between two saved states")
     grid_images: PositiveInt = Field(32, description="pictures in the reconstruction grid")
+    wandb: Literal["offline", "online", "disabled"] = Field("disabled", description="Weights & Biases")
+    wandb_project: str = Field("mvar-tokenizer", description="Weights & Biases project")
+    tensorboard: bool = Field(False, description="write TensorBoard events into the out folder")
+    stop_before_end_s: NonNegativeFloat = Field(180, description="save and stop so long before Slurm's time limit")
+    takeover_s: PositiveFloat = Field(
+        90, description="a folder whose process on another host gave no sign of life for so long is taken over"
+    )
+    watchdog_s: NonNegativeFloat = Field(
+        1800, description="end with stacks in the log if a step or a save takes longer, seconds; 0: never"
+    )
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> TokenizerTrainConfig:
+        size, loss = self.geometry.image_size, self.loss
+        if loss.perceptual and size < SMALLEST_SEEN:
+            raise ValueError(
+                f"loss.perceptual: pictures of {size} px are too small for the network that compares them; expected"
+                f" {SMALLEST_SEEN} px or more. Set it to 0"
+            )
+        if loss.adversarial and patches(size, loss.adversarial_layers) < 1:
+            raise ValueError(
+                f"loss.adversarial_layers: {loss.adversarial_layers} halvings leave nothing of pictures of {size} px to"
+                " judge. Lower it"
+            )
+        return self
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result, by dotted name: what may not change when a training is resumed."""
+        """Everything that decides the result, by dotted name: what may not change when a training is resumed.
+
+        Files are left out: what they hold counts, not where they lie.
+        """
         indifferent = {
-            *("images", "out", "ram_gib", "validate_images", "device", "threads"),
-            *("log_every", "validate_every", "save_every", "grid_images"),
+            *("images", "images_cache", "out", "ram_gib", "validate_images", "device", "threads"),
+            *("log_every", "validate_every", "save_every", "grid_images", "wandb", "wandb_project", "tensorboard"),
+            *("stop_before_end_s", "takeover_s", "watchdog_s"),
         }
-        return _flat(self.model_dump(mode="json", exclude=indifferent))
+        flat = _flat(self.model_dump(mode="json", exclude=indifferent))
+        return {key: value for key, value in flat.items() if key not in FILES}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,13 +10,15 @@ from PIL import Image
 
 from data_prep.sources import Fingerprint, Item
 from mvar.errors import MvarError
+from mvar.launch import Place, World
 from mvar.tokenizer.codebook import count_usage_, revive_, start_codebook_, usage_SV
 from mvar.tokenizer.losses import LossTerm, Rebuilt, absolute_error, squared_error, total_loss
 from mvar.tokenizer.pictures import Pictures
+from mvar.tokenizer.quality import psnr_db
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.settings import TokenizerTrainConfig
 from mvar.tokenizer.train import loss_terms
-from mvar.tokenizer.trainer import Trainer, psnr_db
+from mvar.tokenizer.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,7 @@ def tiny_config(**changes) -> TokenizerTrainConfig:
 
 def tiny_trainer(threads: int = 1, **changes) -> Trainer:
     config = tiny_config(**changes)
-    return Trainer(config, loss_terms(config.loss), torch.device("cpu"), threads)
+    return Trainer(config, loss_terms(config.loss), World(Place("alone"), torch.device("cpu")), threads)
 
 
 def some_pixels(seed: int = 0, count: int = 6) -> np.ndarray:
@@ -119,7 +121,7 @@ def test_usage_counts_words_by_scale():
     quantizer = Quantizer(5, 4, (1, 2))
     codes_BL = torch.tensor([[0, 1, 1, 2, 3], [0, 1, 1, 1, 1]])
     assert usage_SV(quantizer, codes_BL).tolist() == [[2, 0, 0, 0, 0], [0, 6, 1, 1, 0]]
-    count_usage_(quantizer, codes_BL, decay=0.75)
+    count_usage_(quantizer, usage_SV(quantizer, codes_BL), len(codes_BL), decay=0.75)
     assert quantizer.ema_vocab_hit_SV.tolist() == [[0.25, 0, 0, 0, 0], [0, 0.75, 0.125, 0.125, 0]]
 
 
@@ -183,7 +185,7 @@ def test_loss_falls_and_pictures_get_nearer():
     after = trainer.quality(pixels)
     assert last["loss"] < first["loss"] / 3
     assert after.psnr_db > before.psnr_db + 5
-    assert len(after.used_S) == len(after.perplexity_S) == 3
+    assert len(after.used_per_scale) == len(after.perplexity_per_scale) == 3
     assert 0 < after.used_share <= 1
 
 

@@ -1,0 +1,129 @@
+"""The saved state of a tokenizer's training: one safetensors file, and the one before it.
+
+    state.safetensors          the newest: weights, their averages, moments, the critic's; metadata `mvar` with the
+                               step, what may not change in a training, and a digest over all tensors
+    state-before.safetensors   the one before, in case the newest is damaged
+
+Each is complete or absent, whatever kills the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from mvar.errors import CheckpointError
+from mvar.tokenizer.files import digest_of, write_atomically
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Float32 tensors on the CPU by name, steps done, and what may not change when it is taken up."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    identity: dict[str, Any]
+
+    def require_same(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Raises CheckpointError that names what differs from the training it belongs to."""
+        changed = [
+            f"{key}: {self.identity.get(key)!r} then, {identity.get(key)!r} now"
+            for key in sorted(self.identity.keys() | identity.keys())
+            if self.identity.get(key) != identity.get(key)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"training state {path}: it belongs to another training ({'; '.join(changed)}). Give another out=..."
+                " folder, or the settings it was started with."
+            )
+
+
+class StateFile:
+    """The saved states of one training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "state.safetensors"
+        self.before = folder / "state-before.safetensors"
+        self._newest_is_damaged = False
+
+    def exists(self) -> bool:
+        return self.path.exists() or self.before.exists()
+
+    def write(self, state: State) -> None:
+        """Make `state` the newest one; what was the newest becomes the one before. Raises CheckpointError."""
+        header = {
+            "kind": "tokenizer-training",
+            "format": FORMAT,
+            "step": state.step,
+            "identity": state.identity,
+            "digest": digest_of(state.tensors),
+        }
+        try:
+            data = safetensors.torch.save(state.tensors, {"mvar": json.dumps(header, sort_keys=True)})
+            self._keep_newest()
+            write_atomically(self.path, data)
+        except OSError as error:
+            raise CheckpointError(
+                f"training state {self.path}: cannot be written ({error.strerror}). Free some space; the state saved"
+                " before is whole, and the same command goes on from it."
+            ) from None
+
+    def read(self) -> State:
+        """The newest state that is whole; one that is damaged is told of on stderr. Raises CheckpointError."""
+        try:
+            return _read(self.path)
+        except CheckpointError as newest:
+            if not self.before.exists():
+                raise
+            state = _read(self.before)
+            self._newest_is_damaged = True
+            print(
+                f"mvar: WARNING: {newest} Going on from the one before it, {self.before.name}, step {state.step}.",
+                file=sys.stderr,
+                flush=True,
+            )
+            return state
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half-written. Only for who holds the folder."""
+        for leftover in self.path.parent.glob(".state*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def _keep_newest(self) -> None:
+        """A second name for the newest file, so that at no moment there is none; not if `read` found it damaged."""
+        if self._newest_is_damaged or not self.path.exists():
+            self._newest_is_damaged = False
+            return
+        temporary = self.before.with_name(f".{self.before.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        os.link(self.path, temporary)
+        os.replace(temporary, self.before)
+
+
+def _read(path: Path) -> State:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("mvar", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if header.get("kind") != "tokenizer-training" or header.get("format") != FORMAT:
+            raise ValueError("not the state of a tokenizer's training, or of another version of mvar")
+        if header["digest"] != digest_of(tensors):
+            raise ValueError("its contents do not match their digest")
+        return State(int(header["step"]), tensors, dict(header["identity"]))
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"training state {path}: damaged ({error}). Remove it to start again, or put back a whole copy."
+        ) from None
