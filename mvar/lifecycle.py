@@ -65,6 +65,13 @@ class RunFolder:
             remove_leftovers(self.checkpoints)
             yield lambda: claims.holds(CLAIM)
 
+    def loss(self, takeover_s: float) -> TrainingError:
+        """What to say when `claimed`'s function says that the folder is not ours any more."""
+        return TrainingError(
+            f"run folder {self.path}: another process took it over, because this one gave no sign of life for"
+            f" {takeover_s:g} s (takeover_s). This one ends; nothing was changed."
+        )
+
     def _take(self, claims: Claims) -> None:
         begin, first, told = time.monotonic(), None, False
         while not claims.take(CLAIM):

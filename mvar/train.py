@@ -136,7 +136,7 @@ class Training(Started):
             done += 1
             ending = done == last_step
             if lost:
-                self.world.raise_together(self.loss_of_folder())
+                self.world.raise_together(None if self.ours() else self.run.loss(self.job.config.checkpoint.takeover_s))
             self.track(done, result, watch)
             self.judge(done, result)
             if written == self.world.size:
@@ -171,14 +171,6 @@ class Training(Started):
     def votes(self) -> tuple[bool, ...]:
         """What this rank has to tell the others, in the step's one sum."""
         return self.stops.reason is not None, not self.ours(), self.feed.error is not None, self.saver.ended
-
-    def loss_of_folder(self) -> TrainingError | None:
-        if self.ours():
-            return None
-        return TrainingError(
-            f"run folder {self.run.path}: another process took it over, because this one gave no sign of life for"
-            f" {self.job.config.checkpoint.takeover_s:g} s (checkpoint.takeover_s). This one ends; nothing was changed."
-        )
 
     def stop(self, done: int) -> int:
         reason = self.stops.reason or "another rank was asked to"

@@ -31,7 +31,7 @@ from mvar import launch
 from mvar.cli import run_command
 from mvar.config import TrackingConfig, describe, dump, load
 from mvar.data import Feed
-from mvar.errors import CheckpointError, MvarError, TrainingError
+from mvar.errors import CheckpointError, MvarError
 from mvar.images import enlarge, grid, save_png, to_uint8
 from mvar.launch import World
 from mvar.lifecycle import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
@@ -185,7 +185,7 @@ class Training:
                 self.tracker.write("train", step, **measured, **self.speed(watch))
             stop, lost, unreadable = self.voted()
             if lost:
-                self.world.raise_together(self.loss_of_folder())
+                self.world.raise_together(None if self.ours() else self.run.loss(self.config.takeover_s))
             if due(step, config.validate_every) or ending:
                 self.judge(step)
             if due(step, config.save_every) or ending or stop or (unreadable and not ending):
@@ -236,14 +236,6 @@ class Training:
                 " whole, and the same command goes on from it."
             ) from None
         self.states.write(State(self.trainer.step_number, self.trainer.tensors(), self.identity))
-
-    def loss_of_folder(self) -> TrainingError | None:
-        if self.ours():
-            return None
-        return TrainingError(
-            f"folder {self.run.path}: another process took it over, because this one gave no sign of life for"
-            f" {self.config.takeover_s:g} s (takeover_s). This one ends; nothing was changed."
-        )
 
     def stop(self) -> int:
         reason = self.stops.reason or "another rank was asked to"
