@@ -165,8 +165,9 @@ def test_restored_weights_and_moments_are_the_saved_bits(trained: Trained) -> No
 
 
 def test_every_stage_begins_with_the_same_weights(trained: Trained) -> None:
-    first = [result["whole"][0] for result in trained.results.values()]
-    assert all(entry == pytest.approx(first[0], abs=1e-7) for entry in first)
+    losses, norms = zip(*(result["whole"][0] for result in trained.results.values()), strict=True)
+    assert set(losses) == {losses[0]}
+    assert norms == pytest.approx([norms[0]] * len(STAGES), rel=1e-6)  # Each stage sums squares in another order.
 
 
 @pytest.mark.parametrize("stage", STAGES)

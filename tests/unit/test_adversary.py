@@ -111,7 +111,9 @@ def test_bf16_measures_nearly_what_fp32_does(backbone):
         for precision in ("fp32", "bf16")
     )
     for name in ("l1", "perceptual", "adversarial", "adversarial_weight", "critic"):
-        assert coarse[name] == pytest.approx(fine[name], rel=0.1, abs=0.05), name
+        # The weight is a ratio of two gradients, each of which went back through rounded convolutions.
+        rel = 0.3 if name == "adversarial_weight" else 0.1
+        assert coarse[name] == pytest.approx(fine[name], rel=rel, abs=0.05), name
         assert coarse[name] != fine[name], name
 
 
