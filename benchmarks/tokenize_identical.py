@@ -28,10 +28,10 @@ from pathlib import Path
 from benchmarks.harness import Report, parser
 from benchmarks.tokenize import make_images, make_tokenizer
 from data_prep.finalize import finalize
-from data_prep.job import cores
 from data_prep.sources import ImageFolder
 from mvar.disk import sha256_of
 from mvar.errors import MvarError
+from mvar.launch import cores
 from mvar.store import CodeStore
 
 Start = Callable[[int], subprocess.Popen[bytes]]

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.calibrate import Calibration
-from data_prep.job import LAST_RUN, Job, LastRun, ShardPlan, array_list, cores
+from data_prep.job import LAST_RUN, Job, LastRun, ShardPlan, array_list
 from data_prep.shards import is_complete, read_record, read_shard
 from mvar.claims import remove_claims
 from mvar.cli import run_command
 from mvar.disk import remove_stale, write_file
 from mvar.errors import StoreError
+from mvar.launch import cores
 from mvar.scales import ScalePyramid
 from mvar.store import (
     INDEX,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from data_prep.calibrate import Calibration, calibrate, calibration_views, require_accepted
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
 from data_prep.encoder import Encoder, Launched
-from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, cores, open_source, pin, plan_job, quantizer_bytes
+from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, open_source, pin, plan_job, quantizer_bytes
 from data_prep.pixels import DamagedImageError
 from data_prep.progress import Progress, clock
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
@@ -35,6 +35,7 @@ from mvar.cli import run_command
 from mvar.config import describe, load
 from mvar.disk import remove_stale
 from mvar.errors import ConfigError, ImageError
+from mvar.launch import cores
 from mvar.randomness import permuted
 from mvar.store import Quarantined
 
