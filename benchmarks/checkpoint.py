@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Report, parser, seconds_of, spread
-from mvar import launch
-from mvar.checkpoint import Identity
+from mvar.checkpoint.record import Identity
+from mvar.checkpoint.saver import Saved, Saver
 from mvar.config import TrainConfig
-from mvar.data import Batch
+from mvar.data.stream import Batch
 from mvar.ds_config import BatchSplit
-from mvar.engine import Engine
-from mvar.objective import Objective
-from mvar.saver import Saved, Saver
+from mvar.run import world as launch
 from mvar.schedule import Plan
 from mvar.tokenizer.quantizer import Quantizer
+from mvar.training.engine import Engine
+from mvar.training.objective import Objective
 
 
 def made_up_batch(config: TrainConfig, number: int) -> Batch:

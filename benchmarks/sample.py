@@ -25,7 +25,7 @@ from mvar.model.block import Block
 from mvar.model.init import init_weights_
 from mvar.model.mamba2 import Mamba2, MambaState
 from mvar.model.transformer import MVAR
-from mvar.sampler import generate, generate_latent
+from mvar.sampling.sampler import generate, generate_latent
 from mvar.tokenizer.vqvae import VQVAE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

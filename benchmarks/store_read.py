@@ -21,9 +21,7 @@ import webdataset
 
 from benchmarks.harness import Report, parser, seconds_of, side_by_side, spread
 from data_prep.shards import ShardWriter
-from mvar.data import TrainStream
-from mvar.scales import PATCH_NUMS_256
-from mvar.store import (
+from mvar.data.store import (
     INDEX,
     MANIFEST,
     QUANTIZER,
@@ -39,6 +37,8 @@ from mvar.store import (
     codes_header,
     write_index,
 )
+from mvar.data.stream import TrainStream
+from mvar.scales import PATCH_NUMS_256
 
 TOKENS = sum(side * side for side in PATCH_NUMS_256)
 IMAGENET = 1_281_167

@@ -31,11 +31,11 @@ from PIL import Image
 from benchmarks.harness import Report, parser, seconds_of, spread
 from data_prep.calibrate import Calibration
 from data_prep.job import Job, TokenizeConfig
-from data_prep.sources import ImageFolder
 from data_prep.tokenize import tokenize
-from data_prep.views import ViewPlan
 from mvar.config import load
-from mvar.images import from_uint8
+from mvar.images.arrays import from_uint8
+from mvar.images.sources import ImageFolder
+from mvar.images.views import ViewPlan
 from mvar.tokenizer.files import load_tokenizer, save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 

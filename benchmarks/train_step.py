@@ -31,19 +31,19 @@ from torch import Tensor
 from benchmarks.checkpoint import Run, made_up_batch
 from benchmarks.harness import Report, parser, side_by_side, spread
 from benchmarks.roofline import matmul_gflops
-from mvar import launch
 from mvar.config import TrainConfig
-from mvar.engine import parameter_groups
 from mvar.model.attention import ScaleAttention
 from mvar.model.init import init_weights_
 from mvar.model.mamba2 import NORM_EPS, STATE, Mamba2, MambaState
 from mvar.model.precision import product_dtype, wide
 from mvar.model.token_loss import TokenLosses
 from mvar.model.transformer import MVAR
-from mvar.objective import Objective
 from mvar.plan.flops import flops
 from mvar.plan.memory import Kernels, Setup, memory, saved_for_backward
 from mvar.plan.sizes import Sizes
+from mvar.run import world as launch
+from mvar.training.engine import parameter_groups
+from mvar.training.objective import Objective
 from tests.engine_bytes import kept_by_autograd
 
 PLAIN_CHUNK = 64

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from data_prep.encoder import Encoder, deterministic
 from data_prep.job import TokenizeConfig
-from data_prep.pixels import DamagedImageError
-from data_prep.sources import Source
-from data_prep.views import Pixels
-from mvar.disk import write_file
 from mvar.errors import ConfigError, ImageError
-from mvar.images import from_uint8
+from mvar.files.disk import write_file
+from mvar.images.arrays import from_uint8
+from mvar.images.pixels import DamagedImageError
+from mvar.images.sources import Source
+from mvar.images.views import Pixels
 from mvar.randomness import permuted
 from mvar.scales import ScalePyramid
 
@@ -122,7 +122,7 @@ def calibration_views(config: TokenizeConfig, source: Source, size: int) -> Pixe
 
 
 def _psnr_db(encoder: Encoder, codes_BL: NDArray[np.uint16], images_BHWC: Pixels) -> float:
-    from mvar.tokenizer.trainer import psnr_db
+    from mvar.tokenizer.training.trainer import psnr_db
 
     @torch.inference_mode()
     def squared_errors_B(own: slice) -> Tensor:

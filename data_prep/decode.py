@@ -12,9 +12,9 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from data_prep.pixels import DamagedImageError
-from data_prep.sources import Item, Reader
-from data_prep.views import Pixels, ViewPlan
+from mvar.images.pixels import DamagedImageError
+from mvar.images.sources import Item, Reader
+from mvar.images.views import Pixels, ViewPlan
 
 if TYPE_CHECKING:
     from data_prep.job import ShardPlan  # Imports torch.

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_prep.allocator import keep_freed_memory
 from data_prep.job import Precision, TokenizeConfig
-from data_prep.views import Pixels
-from mvar.allocator import keep_freed_memory
 from mvar.errors import BackendError
-from mvar.images import from_uint8
-from mvar.launch import cores
+from mvar.images.arrays import from_uint8
+from mvar.images.views import Pixels
+from mvar.run.world import cores
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 

@@ -19,13 +19,8 @@ from numpy.typing import NDArray
 from data_prep.calibrate import Calibration
 from data_prep.job import LAST_RUN, Job, LastRun, ShardPlan, array_list
 from data_prep.shards import is_complete, read_record, read_shard
-from mvar.claims import remove_claims
 from mvar.cli import run_command
-from mvar.disk import remove_stale, write_file
-from mvar.errors import StoreError
-from mvar.launch import cores
-from mvar.scales import ScalePyramid
-from mvar.store import (
+from mvar.data.store import (
     INDEX,
     MANIFEST,
     CodeStore,
@@ -38,6 +33,11 @@ from mvar.store import (
     check_file,
     write_index,
 )
+from mvar.errors import StoreError
+from mvar.files.disk import remove_stale, write_file
+from mvar.run.claims import remove_claims
+from mvar.run.world import cores
+from mvar.scales import ScalePyramid
 
 I64 = NDArray[np.int64]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.calibrate import Calibration
 from data_prep.finalize import summary
 from mvar.cli import run_command
-from mvar.store import CodeStore
+from mvar.data.store import CodeStore
 
 
 def facts(folder: Path) -> str:

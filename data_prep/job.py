@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from data_prep.layouts import Kind, open_images
-from data_prep.pixels import Background
-from data_prep.sources import Source
-from data_prep.views import RESIZE, HFlip, ViewPlan
 from mvar.config import Fraction, Section
-from mvar.disk import make_folder, sha256_of, write_file
+from mvar.data.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.errors import StoreError
-from mvar.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
+from mvar.files.disk import make_folder, sha256_of, write_file
+from mvar.images.layouts import Kind, open_images
+from mvar.images.pixels import Background
+from mvar.images.sources import Source
+from mvar.images.views import RESIZE, HFlip, ViewPlan
 from mvar.tokenizer.files import save_quantizer
 from mvar.tokenizer.vqvae import VQVAE
 

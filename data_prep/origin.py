@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from data_prep.calibrate import agreement_by_scale
 from data_prep.encoder import Encoder
 from data_prep.job import Job, TokenizeConfig, differences, open_source, plan_job, quantizer_bytes
-from data_prep.sources import Item, Source
-from data_prep.views import Pixels
+from mvar.data.store import CodeStore, Split
 from mvar.errors import StoreError
+from mvar.images.sources import Item, Source
+from mvar.images.views import Pixels
 from mvar.scales import ScalePyramid
-from mvar.store import CodeStore, Split
 
 LEAST_AGREEMENT = 0.5
 """Of re-encoded codes. Another machine may change some, more so in a fast mode; other pictures change nearly all."""

@@ -18,9 +18,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvar.disk import sha256_of, write_file, writing
+from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, Quarantined, ShardInfo, codes_header
 from mvar.errors import StoreError
-from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, Quarantined, ShardInfo, codes_header
+from mvar.files.disk import sha256_of, write_file, writing
 
 MTIME_S = 1_000_000_000
 """Modification time of every member: fixed, so that equal samples give equal bytes."""

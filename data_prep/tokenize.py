@@ -25,19 +25,19 @@ from data_prep.calibrate import Calibration, calibrate, calibration_views, requi
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
 from data_prep.encoder import Encoder, Launched
 from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, open_source, pin, plan_job, quantizer_bytes
-from data_prep.pixels import DamagedImageError
 from data_prep.progress import Progress, clock
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
-from data_prep.sources import Item, Source
-from data_prep.views import ViewPlan
-from mvar.claims import Claims
 from mvar.cli import run_command
 from mvar.config import describe, load
-from mvar.disk import remove_stale
+from mvar.data.store import Quarantined
 from mvar.errors import ConfigError, ImageError
-from mvar.launch import cores
+from mvar.files.disk import remove_stale
+from mvar.images.pixels import DamagedImageError
+from mvar.images.sources import Item, Source
+from mvar.images.views import ViewPlan
 from mvar.randomness import permuted
-from mvar.store import Quarantined
+from mvar.run.claims import Claims
+from mvar.run.world import cores
 
 POLL_S = 2.0
 """How often a task that has nothing to claim looks whether another one died."""

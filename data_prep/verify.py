@@ -22,11 +22,11 @@ from data_prep.job import TokenizeConfig
 from data_prep.origin import Origin
 from mvar.cli import run_command
 from mvar.config import load
-from mvar.disk import sha256_of
+from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, CodeStore, ShardInfo, Split, check_file
 from mvar.errors import MvarError, StoreError
-from mvar.images import Bytes, grid, save_png, to_uint8
+from mvar.files.disk import sha256_of
+from mvar.images.arrays import Bytes, grid, save_png, to_uint8
 from mvar.randomness import permuted
-from mvar.store import CODES_SUFFIX, LABEL_SUFFIX, CodeStore, ShardInfo, Split, check_file
 from mvar.tokenizer.files import load_tokenizer
 
 

@@ -19,13 +19,13 @@ __all__ = ["MVAR", "VQVAE", "MvarError", "generate"]
 if TYPE_CHECKING:
     from mvar.errors import MvarError
     from mvar.model.transformer import MVAR
-    from mvar.sampler import generate
+    from mvar.sampling.sampler import generate
     from mvar.tokenizer.vqvae import VQVAE
 
 _HOMES = {
     "MVAR": "mvar.model.transformer",
     "VQVAE": "mvar.tokenizer.vqvae",
-    "generate": "mvar.sampler",
+    "generate": "mvar.sampling.sampler",
     "MvarError": "mvar.errors",
 }
 

@@ -13,7 +13,7 @@ from mvar.errors import MvarError
 
 COMMANDS = {
     "train": ("mvar.train", "train the transformer on a code store"),
-    "train-tokenizer": ("mvar.tokenizer.train", "train a multi-scale VQ-VAE on images"),
+    "train-tokenizer": ("mvar.train_tokenizer", "train a multi-scale VQ-VAE on images"),
     "tokenize": ("data_prep.tokenize", "images -> shards of codes (one task of an array job)"),
     "finalize": ("data_prep.finalize", "shards -> a complete code store"),
     "verify": ("data_prep.verify", "check a code store"),

@@ -24,13 +24,13 @@ import numpy as np
 import psutil
 import torch
 
-from data_prep.pixels import read_rgb
-from data_prep.sources import ImageFolder
-from data_prep.views import centre_view
 from mvar.cli import run_command
 from mvar.config import TrainConfig, load
 from mvar.errors import MvarError
-from mvar.images import enlarge, from_uint8, grid, save_png, to_uint8
+from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_uint8
+from mvar.images.pixels import read_rgb
+from mvar.images.sources import ImageFolder
+from mvar.images.views import centre_view
 from mvar.report import draw_curves, read_metrics
 from mvar.schedule import Plan
 from mvar.tokenizer.files import load_tokenizer
@@ -203,7 +203,7 @@ def play(demo: Demo) -> None:
 
     step("tokenizer: learn to turn pictures into codes")
     options: dict[str, object] = {"config": RECIPES / "tokenizer_32.yaml"}
-    run(command("mvar.tokenizer.train", options=options, images=demo.images, out=demo.tokenizer.parent))
+    run(command("mvar.train_tokenizer", options=options, images=demo.images, out=demo.tokenizer.parent))
 
     step("codes: every picture through the tokenizer, once")
     for task in range(2):
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = args.images
     if images is None:
         images = args.out / "images"
-        run(command("data_prep.prepare_digits", options={"out": images}))
+        run(command("data_prep.prepare.digits", options={"out": images}))
     play(Demo(args.out, images, size=32))
     return 0
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.sources import ImageFolder
-from data_prep.views import RESIZE, centre_view
-from mvar.classifier import Classifier, fit, judge, load_classifier, save_classifier
 from mvar.cli import run_command
 from mvar.errors import ImageError, MvarError
-from mvar.fidelity import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
-from mvar.images import Bytes
+from mvar.evaluation.classifier import Classifier, fit, judge, load_classifier, save_classifier
+from mvar.evaluation.fidelity import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
+from mvar.images.arrays import Bytes
+from mvar.images.sources import ImageFolder
+from mvar.images.views import RESIZE, centre_view
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LabelledImages:
 
 
 def read_split(folder: ImageFolder, split: str, size: int, resize: float) -> LabelledImages:
-    """The centre view of every image of a split (resize: see data_prep.views)."""
+    """The centre view of every image of a split (resize: see mvar.images.views)."""
     items = folder.splits[split]
     if not items:
         raise ImageError(f"images {folder.root}: nothing is held out. Set --val-fraction, or add a val/ folder.")

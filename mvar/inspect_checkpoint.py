@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.checkpoint import RECORD, Identity, Record, differences
+from mvar.checkpoint.record import RECORD, Identity, Record, differences
 from mvar.cli import run_command
 from mvar.config import ModelConfig, TrainConfig, load
-from mvar.disk import sha256_of
 from mvar.errors import CheckpointError
-from mvar.remote import is_url
-from mvar.run_files import folder_of, steps_in
+from mvar.files.disk import sha256_of
+from mvar.files.remote import is_url
+from mvar.run.names import folder_of, steps_in
 from mvar.status import duration
 
 EXIT_UNUSABLE = 1

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from mvar.cli import run_command
 from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
-from mvar.images import Bytes, grid, save_png, to_uint8
+from mvar.images.arrays import Bytes, grid, save_png, to_uint8
 from mvar.model.transformer import MVAR
-from mvar.sampler import check_geometry, generate_latent
+from mvar.sampling.sampler import check_geometry, generate_latent
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -255,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer)
 
-    from mvar.partition import EMA, WEIGHT
-    from mvar.weights import load_weights
+    from mvar.checkpoint.partition import EMA, WEIGHT
+    from mvar.checkpoint.weights import load_weights
 
     config, state = load_weights(args.weights, step=args.step, kind=EMA if args.ema else WEIGHT)
     if config.num_classes is None:

@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.claims import claim_path, living_holder
 from mvar.cli import run_command
 from mvar.errors import MvarError
-from mvar.history import History, Start
-from mvar.run_files import CLAIM, folder_of, steps_in
+from mvar.run.claims import claim_path, living_holder
+from mvar.run.history import History, Start
+from mvar.run.names import CLAIM, folder_of, steps_in
 
 RECENT = 50
 """Steps over which loss and speed are averaged."""

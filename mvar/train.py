@@ -22,26 +22,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mvar import checkpoint, launch
+from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.saver import Saved, Saver
+from mvar.checkpoint.weights import initial_values
 from mvar.cli import run_command
 from mvar.config import TrainConfig, describe, dump, load
-from mvar.data import Batch, Feed, eval_batches
-from mvar.engine import Averages, Engine, StepResult
+from mvar.data.stream import Batch, Feed, eval_batches
 from mvar.errors import ConfigError, MvarError, TrainingError
-from mvar.history import History
-from mvar.images import grid, save_png, to_uint8
-from mvar.job import Job, going_on, prepare, summary
-from mvar.launch import World
-from mvar.lifecycle import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
-from mvar.mfu import Utilisation
-from mvar.objective import Objective
-from mvar.sampler import generate
-from mvar.saver import Saved, Saver
+from mvar.images.arrays import grid, save_png, to_uint8
+from mvar.run import world as launch
+from mvar.run.folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
+from mvar.run.history import History
+from mvar.run.tracking import Stopwatch, Tracker, memory_gib
+from mvar.run.world import World
+from mvar.sampling.sampler import generate
 from mvar.schedule import Plan, Stretch
-from mvar.stability import DivergedError, Stability
 from mvar.tokenizer.files import load_tokenizer
-from mvar.tracking import Stopwatch, Tracker, memory_gib
-from mvar.weights import initial_values
+from mvar.training.engine import Averages, Engine, StepResult
+from mvar.training.job import Job, going_on, prepare, summary
+from mvar.training.mfu import Utilisation
+from mvar.training.objective import Objective
+from mvar.training.stability import DivergedError, Stability
 
 WORST = 8
 """Samples that a spike's record names."""
@@ -377,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--pretend-world: expected 1 or more ranks, together with --dry-run.")
         if args.dry_run:
             if main_rank:
-                from mvar.dry_run import dry_run
+                from mvar.training.dry_run import dry_run
 
                 ranks = args.pretend_world or launch.detect(os.environ).size
                 dry_run(config, ranks, args.pretend_rank, pretended=args.pretend_world is not None)

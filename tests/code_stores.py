@@ -10,9 +10,7 @@ import numpy as np
 import torch
 
 from data_prep.shards import read_shard, shard_writer
-from mvar.disk import sha256_of
-from mvar.scales import ScalePyramid
-from mvar.store import (
+from mvar.data.store import (
     INDEX,
     MANIFEST,
     QUANTIZER,
@@ -25,6 +23,8 @@ from mvar.store import (
     TokenizerInfo,
     write_index,
 )
+from mvar.files.disk import sha256_of
+from mvar.scales import ScalePyramid
 from mvar.tokenizer.files import save_quantizer, save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 

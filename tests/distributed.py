@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from mvar.launch import choose_accelerator
+from mvar.run.world import choose_accelerator
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _PRELOAD = ["mvar.train", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "tests.distributed"]
@@ -123,7 +123,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, folder: Path, /, **argum
 
 
 def _worker(where: str, folder: str, arguments: str) -> int:
-    from mvar import launch
+    from mvar.run import world as launch
 
     module, _, name = where.partition(":")
     world = launch.start(threads=1)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mvar.config import TrainConfig
-from mvar.engine import Engine
-from mvar.job import prepare
-from mvar.launch import World
-from mvar.objective import Objective
+from mvar.run.world import World
+from mvar.training.engine import Engine
+from mvar.training.job import prepare
+from mvar.training.objective import Objective
 
 Bytes = dict[str, int]
 

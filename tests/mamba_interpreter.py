@@ -98,7 +98,7 @@ def _conv_backward(
 
 def compare() -> dict[str, float]:
     """Largest differences, relative to the largest value, between the official kernels and torch's backend."""
-    from mvar.model import mamba_kernels
+    from mvar.model.kernels import mamba_ssm as mamba_kernels
     from mvar.model.mamba2 import Mamba2, MambaState
 
     def pair(width: int) -> tuple[Mamba2, Mamba2]:

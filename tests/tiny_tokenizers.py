@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mvar.launch import Place, World
-from mvar.tokenizer.parallel import part_of
-from mvar.tokenizer.perceptual import STAGES
-from mvar.tokenizer.settings import TokenizerTrainConfig
-from mvar.tokenizer.train import loss_terms
-from mvar.tokenizer.trainer import Trainer
+from mvar.run.world import Place, World
+from mvar.tokenizer.training.config import TokenizerTrainConfig
+from mvar.tokenizer.training.parallel import part_of
+from mvar.tokenizer.training.perceptual import STAGES
+from mvar.tokenizer.training.trainer import Trainer
+from mvar.train_tokenizer import loss_terms
 
 GEOMETRY = {
     "channels": 8,

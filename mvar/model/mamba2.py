@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvar.model import mamba_kernels
-from mvar.model.mamba_ops import causal_conv, gated_norm
+from mvar.model.kernels import mamba_ssm as mamba_kernels
+from mvar.model.kernels.mamba_ops import causal_conv, gated_norm
+from mvar.model.kernels.ssd import ssd
 from mvar.model.precision import Linear, no_autocast, wide
-from mvar.model.ssd import ssd
 
 MambaBackend = Literal["auto", "torch", "mamba_ssm"]
 

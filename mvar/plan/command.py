@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import Field
 
 from mvar.config import DataConfig, TrainConfig, load
-from mvar.disk import write_file
 from mvar.errors import ConfigError
+from mvar.files.disk import write_file
 from mvar.plan import draw
 from mvar.plan.gpus import GPUS, Gpu, find_gpu
 from mvar.plan.study import Assumptions, Study

@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
-from mvar.disk import write_file
+from mvar.files.disk import write_file
 from mvar.plan.study import Study
 
 GIB = 2**30

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from mvar.model.block import VECTORS
+from mvar.model.kernels.ssd import chunk_length
 from mvar.model.mamba2 import CONV_WIDTH, EXPAND, HEAD_WIDTH, STATE
-from mvar.model.ssd import chunk_length
 from mvar.plan.sizes import Sizes
 
 BACKWARD = 2

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
+from mvar.model.kernels.ssd import chunk_length
 from mvar.model.mamba2 import EXPAND, HEAD_WIDTH, STATE
 from mvar.model.recompute import ActivationCheckpointing, recomputes
-from mvar.model.ssd import chunk_length
 from mvar.model.token_loss import CHUNK
 from mvar.plan.sizes import Sizes
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvar.config import TrainConfig
+from mvar.data.store import CodeStore
 from mvar.ds_config import BatchSplit, find_template, read_template
 from mvar.errors import ConfigError, StoreError
 from mvar.model.recompute import ActivationCheckpointing
@@ -17,7 +18,6 @@ from mvar.plan.memory import Kernels, Memory, Setup, checkpoint_bytes, largest_m
 from mvar.plan.sizes import IMAGENET_CLASSES, IMAGENET_IMAGES, Sizes
 from mvar.plan.traffic import Traffic, traffic
 from mvar.schedule import Plan
-from mvar.store import CodeStore
 
 TEMPLATES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero_infinity")
 """Shipped templates, the fastest first."""

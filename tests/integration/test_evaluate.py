@@ -8,7 +8,7 @@ import pytest
 
 from mvar.errors import MvarError
 from mvar.evaluate import main as evaluate
-from mvar.images import save_png
+from mvar.images.arrays import save_png
 
 
 def _picture(label: int, rng: np.random.Generator) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mvar.checkpoint import Reader, folder_of
+from mvar.checkpoint.record import Reader, folder_of
 from tests.code_stores import make_store
 from tests.distributed import Ranks
 from tests.tiny_runs import losses, records, template, write_config

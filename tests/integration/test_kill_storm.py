@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from mvar.checkpoint import RECORD, folder_of, steps_in, verify
-from mvar.history import History
+from mvar.checkpoint.record import RECORD, folder_of, steps_in, verify
+from mvar.run.history import History
 from tests.code_stores import make_store
 from tests.distributed import Ranks, command
 from tests.tiny_runs import losses, records, write_config
@@ -35,9 +35,10 @@ def run_and_die(config: str, victim: int, point: str, count: int) -> int:
 
 
 def arm(point: str, count: int) -> None:
-    from mvar import checkpoint, saver
-    from mvar.engine import Engine
-    from mvar.tracking import JsonLines
+    from mvar.checkpoint import record as checkpoint
+    from mvar.checkpoint import saver
+    from mvar.run.tracking import JsonLines
+    from mvar.training.engine import Engine
 
     owner, name = {
         "step": (Engine, "_update"),
@@ -158,7 +159,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors_of(run: Path, kind: str) -> dict[str, bytes]:
-    from mvar.checkpoint import Reader
+    from mvar.checkpoint.record import Reader
 
     checkpoints = run / "checkpoints"
     reader = Reader(folder_of(checkpoints, steps_in(checkpoints)[-1]))

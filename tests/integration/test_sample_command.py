@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.sources import ImageFolder
 from mvar import sample
 from mvar.cli import main as mvar
 from mvar.config import ModelConfig
+from mvar.images.sources import ImageFolder
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.tokenizer.files import save_tokenizer

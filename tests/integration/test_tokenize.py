@@ -21,16 +21,16 @@ from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig, array_list
 from data_prep.origin import Origin
-from data_prep.sources import ImageFolder
 from data_prep.tokenize import tokenize
 from data_prep.verify import contact_sheet, some_samples, verify
-from data_prep.views import ViewPlan
 from mvar.cli import main as mvar
 from mvar.config import load
-from mvar.disk import remove_stale, writing
+from mvar.data.store import MANIFEST, CodeStore
 from mvar.errors import BackendError, ConfigError, ImageError, StoreError
-from mvar.images import from_uint8
-from mvar.store import MANIFEST, CodeStore
+from mvar.files.disk import remove_stale, writing
+from mvar.images.arrays import from_uint8
+from mvar.images.sources import ImageFolder
+from mvar.images.views import ViewPlan
 from tests.stores import SIZE_PX, image_folder, synthetic_store, tiny_tokenizer, tiny_vqvae
 
 OPTIONS = ("shard_samples=4", "batch=5", "val_fraction=0.2", "views.random_crops=2", "views.hflip=both", "threads=1")
@@ -451,7 +451,7 @@ def test_verify_lists_all_damaged_shards_and_ends_with_exit_code_2(store, capsys
 
 def test_verify_notices_an_index_that_points_to_other_samples(store):
     """Two samples' labels exchanged in an index that the manifest vouches for."""
-    from mvar.store import INDEX, read_index, write_index
+    from mvar.data.store import INDEX, read_index, write_index
 
     tables = read_index(store / INDEX)
     label = tables["train"].label_N.copy()
@@ -479,7 +479,7 @@ def test_pictures_with_another_tokenizer_are_refused(pristine, tmp_path):
 def test_stale_temporaries_go_and_those_in_use_stay(tmp_path):
     ready, done = tmp_path / "ready", tmp_path / "done"
     code = (
-        "import sys, time; from pathlib import Path; from mvar.disk import writing\n"
+        "import sys, time; from pathlib import Path; from mvar.files.disk import writing\n"
         f"with writing(Path({str(tmp_path / 'x.tar')!r})) as f:\n"
         f"    Path({str(ready)!r}).touch()\n"
         f"    while not Path({str(done)!r}).exists(): time.sleep(0.01)\n"

@@ -17,8 +17,8 @@ from data_prep.shards import read_record
 from data_prep.tokenize import tokenize
 from data_prep.verify import verify
 from mvar.config import load
+from mvar.data.store import MANIFEST, CodeStore
 from mvar.errors import ImageError, StoreError
-from mvar.store import MANIFEST, CodeStore
 from tests.stores import image_folder, synthetic_store, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,7 @@ def test_tasks_that_claim_shards_share_the_job_and_make_the_same_store(nursery, 
 def test_the_shard_of_a_dead_task_is_taken_over_by_one_that_is_at_work(nursery, inputs, pristine, tmp_path):
     store = tmp_path / "codes"
     code = (
-        "import sys; from pathlib import Path; from mvar.claims import Claims\n"
+        "import sys; from pathlib import Path; from mvar.run.claims import Claims\n"
         "Path(sys.argv[1]).mkdir(); print(Claims(Path(sys.argv[1])).take('train-000001.tar'), flush=True)\n"
         "sys.stdin.read()"
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mvar.cli import main
-from mvar.lifecycle import RunFolder
+from mvar.run.folder import RunFolder
 from mvar.tokenizer.files import sha256_of
 from tests.distributed import Ranks
 from tests.tiny_tokenizers import write_pictures, write_vgg
@@ -75,7 +75,7 @@ def words(files: Path, out: Path, *more: str) -> list[str]:
 
 
 def start(files: Path, out: Path, ranks: int, *more: str) -> Ranks:
-    command = ["mvar.tokenizer.train", words(files, out, *more)]
+    command = ["mvar.train_tokenizer", words(files, out, *more)]
     return Ranks("tests.distributed:command", command, ranks, out.parent / f"{out.name}-logs")
 
 

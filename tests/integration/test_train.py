@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mvar.checkpoint import Record, folder_of, save
+from mvar.checkpoint.record import Record, folder_of, save
 from mvar.cli import main as cli
 from mvar.config import TrainConfig
-from mvar.data import Batch, eval_batches
-from mvar.engine import Engine
-from mvar.job import Job, prepare
-from mvar.launch import World
-from mvar.lifecycle import RunFolder
+from mvar.data.stream import Batch, eval_batches
 from mvar.model.mamba2 import DECAYS
-from mvar.objective import Losses, Objective
+from mvar.run.folder import RunFolder
+from mvar.run.world import World
+from mvar.training.engine import Engine
+from mvar.training.job import Job, prepare
+from mvar.training.objective import Losses, Objective
 from tests.code_stores import make_store
 from tests.distributed import REPOSITORY, Ranks, run_ranks
 from tests.tiny_runs import config, losses, records, write_config

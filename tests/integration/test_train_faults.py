@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from mvar.checkpoint import Record, folder_of, steps_in, verify
-from mvar.history import History
+from mvar.checkpoint.record import Record, folder_of, steps_in, verify
+from mvar.run.history import History
 from tests.code_stores import make_store
 from tests.distributed import Ranks, command
 from tests.tiny_runs import losses, records, wait_for_step, write_config
@@ -79,7 +79,7 @@ def raising(argv: list[str]) -> int:
 
 
 def on_step(number: int, action: Callable[[], object]) -> None:
-    from mvar.engine import Engine
+    from mvar.training.engine import Engine
 
     original: Any = Engine._update
 
@@ -121,7 +121,7 @@ def finish(folder: Path, config: Path, calm: list[float], *arguments: str) -> No
 
 def unreadable(argv: list[str]) -> int:
     """Rank 1 cannot read what it needs for the tenth step."""
-    from mvar import data
+    from mvar.data import stream as data
     from mvar.errors import StoreError
 
     original: Any = data.TrainStream.batch
@@ -152,7 +152,7 @@ def test_unreadable_data_on_one_rank_saves_and_ends_all_with_its_message(
 
 def poisoned(argv: list[str]) -> int:
     """Images 80 to 119 of the order of data give NaN on rank 1; with POISON=all, everything from image 80 on."""
-    from mvar.engine import Engine
+    from mvar.training.engine import Engine
 
     original: Any = Engine._losses
 
@@ -198,7 +198,7 @@ def test_a_run_that_cannot_be_helped_ends_with_the_reason(tmp_path: Path, store:
 
 def full_disk_on_one_rank(argv: list[str]) -> int:
     """Rank 1's disk is full when the second checkpoint is written."""
-    from mvar import checkpoint
+    from mvar.checkpoint import record as checkpoint
 
     original: Any = checkpoint._chunks
     calls = [0]
@@ -240,8 +240,8 @@ def test_a_save_that_fails_on_one_rank_ends_the_run_only_if_asked_to(
 
 def on_a_small_disk(argv: list[str]) -> int:
     """The run folder is a tmpfs with room for two checkpoints; it is filled up for some time in the middle."""
-    from mvar import checkpoint
-    from mvar.engine import Engine
+    from mvar.checkpoint import record as checkpoint
+    from mvar.training.engine import Engine
 
     run = Path(next(word for word in argv if word.startswith("run=")).removeprefix("run="))
     if ctypes.CDLL(None, use_errno=True).unshare(0x20000):  # CLONE_NEWNS
@@ -345,7 +345,7 @@ def test_one_rank_that_is_asked_to_stop_makes_all_save_the_same_step(
 
 def slow_steps(argv: list[str]) -> int:
     """Slow enough for a test to act between two steps."""
-    from mvar.engine import Engine
+    from mvar.training.engine import Engine
 
     original: Any = Engine._update
 
@@ -359,8 +359,8 @@ def slow_steps(argv: list[str]) -> int:
 
 def deadline_on_one_rank(argv: list[str]) -> int:
     """Rank 1's job ends soon after the ninth step."""
-    from mvar.engine import Engine
-    from mvar.lifecycle import StopRequests
+    from mvar.run.folder import StopRequests
+    from mvar.training.engine import Engine
 
     original: Any = Engine._update
     stops: list[StopRequests] = []

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mvar.checkpoint import Reader, choose, folder_of, steps_in
+from mvar.checkpoint.record import Reader, choose, folder_of, steps_in
+from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
-from mvar.launch import Place, World
-from mvar.weights import load_weights
+from mvar.run.world import Place, World
 from tests.code_stores import make_store
 from tests.distributed import Ranks
 from tests.tiny_runs import losses, records, template, wait_for_step, write_config

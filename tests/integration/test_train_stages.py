@@ -15,20 +15,21 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mvar import checkpoint, ds_config
-from mvar.checkpoint import Reader, save
+from mvar import ds_config
+from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.partition import KINDS
+from mvar.checkpoint.record import Reader, save
+from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
 from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit, Tree
-from mvar.engine import Engine, parameter_groups
-from mvar.job import Job, prepare
-from mvar.launch import World
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR, drop_path_rates
-from mvar.objective import Objective
-from mvar.partition import KINDS
 from mvar.randomness import drop_path, label_drop
-from mvar.weights import load_weights
+from mvar.run.world import World
+from mvar.training.engine import Engine, parameter_groups
+from mvar.training.job import Job, prepare
+from mvar.training.objective import Objective
 from tests.code_stores import make_store
 from tests.distributed import run_ranks
 from tests.tiny_runs import STAGES, config
@@ -221,7 +222,7 @@ def train_with_gradients_in(world: World, tree: dict[str, Any], dtypes: list[str
         def resolve(config: TrainConfig, split: BatchSplit, dtype: str = dtype) -> Tree:
             return RESOLVE(config, split) | {"data_types": {"grad_accum_dtype": dtype}}
 
-        with patch("mvar.engine.ds_config.resolve", side_effect=resolve):
+        with patch("mvar.training.engine.ds_config.resolve", side_effect=resolve):
             engine, job = build(world, tree)
         engine.initialise()
         found.append(run_steps(engine, job, world, 0, STEPS))

@@ -114,7 +114,7 @@ def test_a_finished_training_is_not_run_again(images, finished, capsys):
 
 
 def test_a_killed_training_goes_on_exactly(images, finished, tmp_path):
-    command = [sys.executable, "-m", "mvar.tokenizer.train", f"images={images}", f"out={tmp_path}", *SETTINGS]
+    command = [sys.executable, "-m", "mvar.train_tokenizer", f"images={images}", f"out={tmp_path}", *SETTINGS]
     metrics = tmp_path / "metrics.jsonl"
     for kill_at in (2, 12, 20):  # before the first saved state, then between two
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -192,7 +192,7 @@ def test_help_lists_the_keys(capsys):
 @pytest.mark.parametrize("recipe", ["tokenizer_32", "tokenizer_64", "tokenizer_256"])
 def test_recipes_are_valid_and_of_the_size_they_name(recipe):
     from mvar.config import load
-    from mvar.tokenizer.settings import TokenizerTrainConfig
+    from mvar.tokenizer.training.config import TokenizerTrainConfig
 
     path = Path(__file__).resolve().parents[2] / "recipes" / f"{recipe}.yaml"
     config = load(TokenizerTrainConfig, path, ["images=i", "out=o"])

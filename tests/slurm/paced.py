@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mvar.cli import run_command
-from mvar.engine import Engine
 from mvar.train import main
+from mvar.training.engine import Engine
 
 PAUSE_S = float(os.environ.get("TEST_PAUSE_S", "0.05"))
 HANG = os.environ.get("TEST_HANG")

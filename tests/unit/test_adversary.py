@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mvar.errors import MvarError
-from mvar.tokenizer.adversary import PatchCritic, adaptive_weight, adversarial_error, critic_hinge
-from mvar.tokenizer.losses import total_loss
-from mvar.tokenizer.settings import patches
-from mvar.tokenizer.trainer import Trainer
+from mvar.tokenizer.training.adversary import PatchCritic, adaptive_weight, adversarial_error, critic_hinge
+from mvar.tokenizer.training.config import patches
+from mvar.tokenizer.training.losses import total_loss
+from mvar.tokenizer.training.trainer import Trainer
 from tests.tiny_tokenizers import some_pixels, tiny_config, tiny_trainer, write_vgg
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mvar.chain import (
+from mvar.cluster.chain import (
     BEGIN,
     Attempt,
     Blame,
@@ -26,7 +26,7 @@ from mvar.chain import (
     strikes,
 )
 from mvar.errors import ConfigError
-from mvar.history import History
+from mvar.run.history import History
 
 JOB = Job("7_2", "7", restarts=0, nodes=("n1", "n2"), is_array=True, is_last=False)
 LIMITS = Limits(restarts=4, fruitless=3, strikes=2)

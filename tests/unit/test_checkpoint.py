@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvar import checkpoint
-from mvar.checkpoint import (
+from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.partition import KINDS, Piece
+from mvar.checkpoint.record import (
     Identity,
     Progress,
     Reader,
@@ -27,11 +28,10 @@ from mvar.checkpoint import (
     steps_in,
     verify,
 )
+from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
-from mvar.launch import Place, World
-from mvar.partition import KINDS, Piece
-from mvar.weights import load_weights
+from mvar.run.world import Place, World
 from tests.exports import save_weights
 
 SHAPES = {"head.weight": (5, 3), "head.bias": (5,), "scale": (1, 1)}

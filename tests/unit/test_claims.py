@@ -8,12 +8,12 @@ import threading
 import time
 from pathlib import Path
 
-from mvar.claims import Claims, remove_claims
+from mvar.run.claims import Claims, remove_claims
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mvar.claims import Claims
+from mvar.run.claims import Claims
 with Claims(Path(sys.argv[1])) as claims:
     print(claims.take("a.tar"), flush=True)
     sys.stdin.read()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mvar.data import TrainStream, eval_batches
+from mvar.data.store import CodeStore
+from mvar.data.stream import TrainStream, eval_batches
 from mvar.errors import ConfigError, StoreError
-from mvar.store import CodeStore
 from tests.stores import synthetic_codes, synthetic_store
 
 SAMPLES, VIEWS, GLOBAL = 23, 3, 12

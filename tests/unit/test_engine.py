@@ -9,9 +9,9 @@ import torch
 
 from mvar.config import OptimConfig, TrainConfig
 from mvar.ds_config import BatchSplit, find_template, resolve
-from mvar.engine import make_optimizer, parameter_groups
 from mvar.errors import ConfigError
 from mvar.model.transformer import MVAR
+from mvar.training.engine import make_optimizer, parameter_groups
 from tests.golden import golden_json
 
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero_infinity")

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvar import checkpoint
-from mvar.checkpoint import folder_of
+from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.partition import KINDS
+from mvar.checkpoint.record import folder_of
+from mvar.checkpoint.weights import Weights, load_weights, open_weights
 from mvar.errors import CheckpointError, MvarError
 from mvar.export import GB, main, write_safetensors
 from mvar.model.transformer import MVAR, published_state_dict
-from mvar.partition import KINDS
-from mvar.weights import Weights, load_weights, open_weights
 from tests.unit.test_weights import configuration, model_of, write_checkpoint
 
 CONFIG = configuration()
@@ -175,8 +175,9 @@ def test_a_folder_with_a_missing_or_foreign_part_says_so(run: Path, tmp_path: Pa
 LIMITED = """
 import resource, sys
 import torch
-from mvar import export, weights
-from mvar.weights import Weights
+from mvar import export
+from mvar.checkpoint import weights
+from mvar.checkpoint.weights import Weights
 
 # Loads everything that is loaded on first use.
 spare, shape = 24 * 2**20, (2**20,)

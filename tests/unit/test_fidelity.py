@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mvar.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
+from mvar.evaluation.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
 
 
 def _cloud(count: int, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mvar.images import enlarge, from_uint8, grid, save_png, to_uint8
+from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_uint8
 
 
 def test_bytes_survive_the_round_trip() -> None:

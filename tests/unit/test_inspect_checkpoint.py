@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mvar.checkpoint import folder_of
+from mvar.checkpoint.partition import KINDS
+from mvar.checkpoint.record import folder_of
 from mvar.errors import CheckpointError
 from mvar.inspect_checkpoint import inspect, main, show
-from mvar.partition import KINDS
 from tests.code_stores import make_store
 from tests.unit.test_weights import configuration, model_of, write_checkpoint
 

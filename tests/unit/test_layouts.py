@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.layouts import detect, open_images
-from data_prep.pixels import DamagedImageError
 from mvar.errors import ConfigError, ImageError, StoreError
+from mvar.images.layouts import detect, open_images
+from mvar.images.pixels import DamagedImageError
 
 
 def png(color):

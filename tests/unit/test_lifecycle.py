@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mvar import lifecycle
 from mvar.errors import CheckpointError, TrainingError
-from mvar.lifecycle import RunFolder, StopRequests
+from mvar.run import folder as lifecycle
+from mvar.run.folder import RunFolder, StopRequests
 
 
 def test_signals_ask_to_stop_and_handlers_are_put_back(tmp_path: Path) -> None:

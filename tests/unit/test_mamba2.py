@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvar.model.kernels.mamba_ops import causal_conv
+from mvar.model.kernels.ssd import WHOLE, chunk_length, ssd
 from mvar.model.mamba2 import DECAYS, CausalConv, GatedNorm, Mamba2, MambaState
-from mvar.model.mamba_ops import causal_conv
-from mvar.model.ssd import WHOLE, chunk_length, ssd
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 from tests.golden import golden
 

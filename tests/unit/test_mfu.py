@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mvar.config import ModelConfig
-from mvar.launch import Place, World
-from mvar.mfu import Utilisation, measured_peak, peak_flops
+from mvar.run.world import Place, World
+from mvar.training.mfu import Utilisation, measured_peak, peak_flops
 
 CPU = torch.device("cpu")
 ALONE = World(Place("alone"), CPU)

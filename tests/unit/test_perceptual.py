@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from mvar.errors import MvarError, TokenizerError
-from mvar.tokenizer.losses import Rebuilt
-from mvar.tokenizer.perceptual import STAGES, Perceptual
+from mvar.tokenizer.training.losses import Rebuilt
+from mvar.tokenizer.training.perceptual import STAGES, Perceptual
 from tests.tiny_tokenizers import tiny_config, vgg_weights, write_vgg
 
 

@@ -99,8 +99,8 @@ def test_a_dry_run_of_d32_pretends_a_thousand_ranks(tmp_path: Path, capsys: pyte
 
 
 def test_a_dry_run_shows_the_order_that_training_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mvar.data import TrainStream
-    from mvar.store import CodeStore
+    from mvar.data.store import CodeStore
+    from mvar.data.stream import TrainStream
 
     store = make_store(tmp_path / "store")
     path = write_config(tmp_path, store)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import prepare_digits, prepare_emoji, prepare_fashion
-from data_prep.sources import ImageFolder
+from data_prep.prepare import digits as prepare_digits
+from data_prep.prepare import emoji as prepare_emoji
+from data_prep.prepare import fashion as prepare_fashion
 from mvar.errors import ImageError
+from mvar.images.sources import ImageFolder
 
 
 def test_digits_become_ten_classes_with_fifty_held_out_each(tmp_path):

@@ -8,8 +8,8 @@ import torch
 
 from mvar.config import TrainConfig, load
 from mvar.ds_config import BatchSplit, resolve
-from mvar.engine import build_model
 from mvar.schedule import Plan
+from mvar.training.engine import build_model
 from tests.golden import golden_json
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -12,7 +12,7 @@ from torch import Tensor
 from mvar.errors import ConfigError, MvarError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
-from mvar.sampler import (
+from mvar.sampling.sampler import (
     draw_codes,
     filter_logits,
     generate,
@@ -133,7 +133,7 @@ def test_guidance_rises_linearly_over_the_scales(cfg: float, scales: int) -> Non
         return logits_BLV
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mvar.sampler.filter_logits", remember)
+        patch.setattr("mvar.sampling.sampler.filter_logits", remember)
         generate(model, quantizer, torch.tensor([0]), cfg)
     ramp = [float(logits[0, 0, 0] - 1) for logits in seen]
     assert ramp == pytest.approx(golden_json("schedules", "cfg_ramp.json")["t"][f"cfg{cfg}_S{scales}"], abs=1e-5)

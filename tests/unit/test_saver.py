@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from mvar import checkpoint, saver
-from mvar.checkpoint import Progress, Reader, folder_of, steps_in
+from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint import saver
+from mvar.checkpoint.record import Progress, Reader, folder_of, steps_in
+from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError
-from mvar.saver import Saver
 from tests.unit.test_checkpoint import ALONE, HandMade, identity, values
 
 

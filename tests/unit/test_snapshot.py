@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mvar import snapshot
+from mvar.cluster import snapshot
 from mvar.config import TrainConfig, load
 from mvar.errors import MvarError
 from tests.code_stores import make_store
@@ -48,7 +48,7 @@ def python(folder: Path, code: Path, *arguments: str | Path, expected: int = 0) 
 def test_a_chain_runs_what_it_was_begun_with(checkout: Path, tmp_path: Path) -> None:
     """Taken from a checkout, which is then edited: the run's own code trains with the run's own configuration."""
     checkout = Path(shutil.copytree(checkout, tmp_path / "checkout"))
-    run, command = tmp_path / "my run", ["-m", "mvar.snapshot", tmp_path / "my run", "--config", "recipe.yaml"]
+    run, command = tmp_path / "my run", ["-m", "mvar.cluster.snapshot", tmp_path / "my run", "--config", "recipe.yaml"]
     done = python(checkout, checkout, *command, "seed=7")
     assert done.stdout == f"{run}/snapshot\n" and not done.stderr
     before = (run / "snapshot/config.yaml").read_bytes()
@@ -152,6 +152,6 @@ def test_two_first_starts_at_once_agree(checkout: Path, tmp_path: Path, monkeypa
 
 
 def test_no_torch_is_needed() -> None:
-    probe = "import sys, mvar.snapshot; print([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
+    probe = "import sys, mvar.cluster.snapshot; print([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.pixels import DamagedImageError, FileReader, read_rgb
-from data_prep.sources import MAX_KEY, ImageFolder, held_out, tar_key
 from mvar.errors import ImageError
+from mvar.images.pixels import DamagedImageError, FileReader, read_rgb
+from mvar.images.sources import MAX_KEY, ImageFolder, held_out, tar_key
 from tests.stores import image_folder
 
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from mvar.engine import Averages, StepResult
-from mvar.stability import KNOWN, DivergedError, Stability
+from mvar.training.engine import Averages, StepResult
+from mvar.training.stability import KNOWN, DivergedError, Stability
 
 
 def step(loss: float = 6.0, norm: float | None = 1.0, *, skipped: bool = False, **changes: object) -> StepResult:

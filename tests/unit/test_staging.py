@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvar import staging
+from mvar.data import staging
+from mvar.data.store import MANIFEST, CodeStore
 from mvar.errors import StoreError
-from mvar.store import MANIFEST, CodeStore
 from tests.stores import synthetic_store
 
 COPY = """
 import sys
 from pathlib import Path
-from mvar.staging import stage
+from mvar.data.staging import stage
 print(stage(sys.argv[1], Path(sys.argv[2])))
 """
 

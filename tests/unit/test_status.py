@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from mvar import history as histories
 from mvar import status
-from mvar.claims import Claims
 from mvar.errors import MvarError
-from mvar.history import History
+from mvar.run import history as histories
+from mvar.run.claims import Claims
+from mvar.run.history import History
+from mvar.run.tracking import JsonLines
 from mvar.status import Status, main, show, status_of
-from mvar.tracking import JsonLines
 
 BEGAN = 1_700_000_000.0
 

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from mvar.errors import ConfigError
-from mvar.launch import Place, World
-from mvar.tokenizer.parallel import SharedRows, hand_round, part_of, require_equal, require_work_for_all, whole_batch
+from mvar.run.world import Place, World
+from mvar.tokenizer.training.parallel import (
+    SharedRows,
+    hand_round,
+    part_of,
+    require_equal,
+    require_work_for_all,
+    whole_batch,
+)
 from tests.distributed import run_ranks
 from tests.tiny_tokenizers import ALONE, GEOMETRY, train_some, write_vgg
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mvar.errors import CheckpointError
-from mvar.tokenizer import state as states
-from mvar.tokenizer.state import State, StateFile
+from mvar.tokenizer.training import state as states
+from mvar.tokenizer.training.state import State, StateFile
 
 
 def some_state(step: int) -> State:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mvar import tracking
 from mvar.config import TrackingConfig
-from mvar.tracking import Guarded, JsonLines, Tracker, cut_after, flat
+from mvar.run import tracking
+from mvar.run.tracking import Guarded, JsonLines, Tracker, cut_after, flat
 
 TRAIN: dict[str, Any] = {
     "loss": 1 / 3,

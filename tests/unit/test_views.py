@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.views import ViewPlan, centre_view, random_crop_view, resize_shorter_side
 from mvar.errors import ConfigError
+from mvar.images.views import ViewPlan, centre_view, random_crop_view, resize_shorter_side
 
 
 def noise(width=40, height=30):

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.sources import Fingerprint, Item
 from mvar.errors import MvarError
-from mvar.launch import Place, World
-from mvar.tokenizer.codebook import count_usage_, revive_, start_codebook_, usage_SV
-from mvar.tokenizer.losses import LossTerm, Rebuilt, absolute_error, squared_error, total_loss
-from mvar.tokenizer.pictures import Pictures
+from mvar.images.sources import Fingerprint, Item
+from mvar.run.world import Place, World
 from mvar.tokenizer.quality import psnr_db
 from mvar.tokenizer.quantizer import Quantizer
-from mvar.tokenizer.settings import TokenizerTrainConfig
-from mvar.tokenizer.train import loss_terms
-from mvar.tokenizer.trainer import Trainer
+from mvar.tokenizer.training.codebook import count_usage_, revive_, start_codebook_, usage_SV
+from mvar.tokenizer.training.config import TokenizerTrainConfig
+from mvar.tokenizer.training.losses import LossTerm, Rebuilt, absolute_error, squared_error, total_loss
+from mvar.tokenizer.training.pictures import Pictures
+from mvar.tokenizer.training.trainer import Trainer
+from mvar.train_tokenizer import loss_terms
 
 
 @pytest.fixture(autouse=True)

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar import checkpoint
-from mvar.checkpoint import Progress, Reader, Record, folder_of
+from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.partition import KINDS
+from mvar.checkpoint.published import write_published
+from mvar.checkpoint.record import Progress, Reader, Record, folder_of
+from mvar.checkpoint.weights import fitted, initial_values, load_weights, open_weights
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR, published_state_dict
-from mvar.partition import KINDS
-from mvar.published import write_published
 from mvar.scales import PATCH_NUMS_256, PATCH_NUMS_512, ScalePyramid
-from mvar.weights import fitted, initial_values, load_weights, open_weights
 from tests.exports import save_weights
 
 SIDES, WIDE_SIDES = (1, 2, 4), (1, 3, 8)

@@ -1,0 +1,1 @@
+"""Class folders of images out of packages, for demos and tests."""

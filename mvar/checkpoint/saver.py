@@ -1,0 +1,167 @@
+"""Checkpoints while training goes on: a snapshot in host memory, written by a thread, committed by all ranks together.
+
+    save    every rank copies its part into a buffer; a thread writes it into the checkpoint's temporary folder
+    ended   in each step's one sum over ranks, every rank says whether its thread is done
+    settle  when all are, the ranks exchange digests and rank 0 renames the folder: only now the checkpoint exists
+
+The thread talks to no other rank, so nothing can get out of order. At most one checkpoint is under way: `save` first
+waits for the one before. The buffer is allocated once, so memory does not grow.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from mvar.checkpoint.partition import Partition
+from mvar.checkpoint.record import Draft, Identity, Progress
+from mvar.config import CheckpointConfig
+from mvar.errors import CheckpointError
+from mvar.run.world import RemoteError, World
+
+SNAPSHOT_SHARE = 0.5
+"""A machine's snapshots may take this share of the memory that is available."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint, or one attempt that failed, as all ranks know it."""
+
+    step: int
+    seconds: float
+    """From the call of `save` to its end."""
+    stall_s: float
+    """How long training stood still for it."""
+    error: str | None = None
+
+
+@dataclass
+class _Flight:
+    """A checkpoint under way."""
+
+    draft: Draft
+    step: int
+    began: float
+    stall_s: float = 0.0
+    thread: threading.Thread | None = None
+
+
+class Saver:
+    """Writes the checkpoints of one run. `save` and `settle` are called by all ranks together."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        partition: Partition,
+        world: World,
+        identity: Identity,
+        settings: CheckpointConfig,
+        sync_records: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`sync_records`: called on rank 0 first; if it raises OSError, the save has failed."""
+        self._checkpoints, self._partition, self._world, self._identity = checkpoints, partition, world, identity
+        self._settings, self._sync_records = settings, sync_records
+        self._buffer: Tensor | None = None
+        self._background: bool | None = None if settings.background == "auto" else False
+        self._flight: _Flight | None = None
+
+    @property
+    def ended(self) -> bool:
+        """This rank has written its part of the checkpoint under way, or failed to. All have: call `settle`."""
+        return self._flight is not None and (self._flight.thread is None or not self._flight.thread.is_alive())
+
+    def save(self, progress: Progress, *, last: bool = False) -> list[Saved]:
+        """Take the checkpoint of `progress.step`; gives what came to its end during the call.
+
+        `last`: wait until it exists, as a run does before it ends. Raises CheckpointError (RemoteError on other ranks)
+        when saving fails, unless `checkpoint.on_failure` is `go_on` and this is not the last one.
+        """
+        began = time.perf_counter()
+        settled = self.settle()
+        draft = Draft(self._checkpoints, self._partition, self._world, progress, self._identity)
+        flight = _Flight(draft, progress.step, began)
+        failed = self._attempt(flight, lambda: draft.begin(self._sync_records), last)
+        if failed is not None:
+            return [*settled, failed]
+        if last or not self._fits():
+            draft.write(values for _, _, values in self._partition.blocks())
+            return [*settled, self._commit(flight, began, last=last)]
+        values = self._snapshot()
+        flight.thread = threading.Thread(target=draft.write, args=(values,), name="mvar-checkpoint", daemon=True)
+        flight.thread.start()
+        flight.stall_s = time.perf_counter() - began
+        self._flight = flight
+        return settled
+
+    def settle(self) -> list[Saved]:
+        """End the checkpoint under way, if any: wait for this rank's thread, then commit. Raises as `save`."""
+        flight, self._flight = self._flight, None
+        if flight is None or flight.thread is None:
+            return []
+        since = time.perf_counter()
+        flight.thread.join()
+        return [self._commit(flight, since)]
+
+    def _commit(self, flight: _Flight, since: float, *, last: bool = False) -> Saved:
+        """`since`: from when on training has been waiting for this."""
+        failed = self._attempt(flight, flight.draft.commit, last)
+        if failed is not None:
+            return failed
+        now = time.perf_counter()
+        return Saved(flight.step, now - flight.began, flight.stall_s + now - since)
+
+    def _attempt(self, flight: _Flight, action: Callable[[], object], last: bool) -> Saved | None:
+        """None, or what became of a save that failed on some rank: all ranks see it, and decide the same."""
+        try:
+            action()
+        except (CheckpointError, RemoteError) as error:
+            flight.draft.abandon()
+            expected = not isinstance(error, RemoteError) or error.expected
+            if last or not expected or self._settings.on_failure == "stop":
+                raise
+            if self._world.is_main:
+                print(f"mvar: WARNING: step {flight.step} was not saved: {error}", file=sys.stderr, flush=True)
+            seconds = time.perf_counter() - flight.began
+            return Saved(flight.step, seconds, flight.stall_s, str(error))
+        return None
+
+    def _fits(self) -> bool:
+        """Whether every machine has room for its ranks' snapshots. Decided once, by all ranks alike."""
+        if self._background is None:
+            needed = self._partition.bytes_owned * self._world.place.local_size
+            room = needed <= SNAPSHOT_SHARE * available_memory()
+            without = int(self._world.sum(torch.tensor([int(not room)]))[0])
+            self._background = without == 0
+            if without and self._world.is_main:
+                print(f"checkpoints stop the training: {without} ranks lack memory for a snapshot", flush=True)
+        return self._background
+
+    def _snapshot(self) -> list[Tensor]:
+        if self._buffer is None:
+            self._buffer = torch.empty(self._partition.bytes_owned // 4)
+        copies, begin = [], 0
+        for _, _, values in self._partition.blocks():
+            copies.append(self._buffer[begin : begin + values.numel()].copy_(values))
+            begin += values.numel()
+        return copies
+
+
+def available_memory() -> int:
+    """Bytes that this process may still allocate: of the machine, or of its control group (v2) if that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
+        folder = Path("/sys/fs/cgroup") / group
+        limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((folder / "memory.current").read_text(encoding="utf-8"))
+        return free if limit == "max" else min(free, int(limit) - used)
+    except (OSError, ValueError):
+        return free

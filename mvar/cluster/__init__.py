@@ -1,0 +1,1 @@
+"""Around a Slurm job: may it train, what after it, and the code it runs."""

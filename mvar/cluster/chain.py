@@ -1,0 +1,501 @@
+"""The decisions around one Slurm job of a training chain. slurm/train.sbatch asks before and after each start.
+
+    python -m mvar.cluster.chain begin --config FILE run=RUN [key=value ...]     may this job train? (exit codes: BEGIN)
+    python -m mvar.cluster.chain end RUN --code N                                what after it? (exit code: the job's)
+
+A chain is a job array `1-N%1` whose tasks resume one run. What becomes of a start follows from the exit code of
+`mvar train`, from Slurm, and from RUN/logs/chain.jsonl, where every start and its end is written down:
+
+    finished    nothing is left to do: the rest of the chain is cancelled
+    next        saved on purpose: the next task of the array goes on
+    requeue     preempted, or a fault: the same task starts again, without nodes that failed repeatedly
+    stop        a user's error, STOP, or a crash loop: the rest is cancelled, with a message
+
+`decide` and `blame` are pure; `Slurm` holds the few calls that act. Needs neither torch nor, for the decisions, Slurm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from mvar.cli import run_command
+from mvar.cluster import snapshot
+from mvar.errors import ConfigError, MvarError
+from mvar.files import json_lines
+from mvar.run.history import History
+from mvar.run.names import steps_in
+
+BEGIN = {"train": 0, "user error": 2, "leave": 90}
+"""Exit codes of `begin`. leave: there is nothing to do for this job."""
+FINISHED, STOPPED, USER_ERROR = 0, 75, 2
+ANSWER_WITHIN_S = 30
+Action = Literal["finished", "next", "requeue", "stop"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to give up. Each can be set by an environment variable."""
+
+    restarts: int = 50
+    """MVAR_MAX_RESTARTS: how often Slurm may requeue one job of the chain."""
+    fruitless: int = 5
+    """MVAR_MAX_FRUITLESS: failed starts in a row without a new checkpoint, then the chain stops."""
+    strikes: int = 3
+    """MVAR_NODE_STRIKES: failures of a node, then it is excluded."""
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Limits:
+        return cls(
+            restarts=int(environ.get("MVAR_MAX_RESTARTS") or cls.restarts),
+            fruitless=int(environ.get("MVAR_MAX_FRUITLESS") or cls.fruitless),
+            strikes=int(environ.get("MVAR_NODE_STRIKES") or cls.strikes),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that this process is part of."""
+
+    name: str
+    """As Slurm's commands take it: `array_task`, or the id."""
+    chain: str
+    """The id that all tasks of the array have in common."""
+    restarts: int
+    nodes: tuple[str, ...]
+    is_array: bool
+    is_last: bool
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str], nodes: Sequence[str]) -> Job:
+        """Raises ConfigError outside of a job."""
+        if "SLURM_JOB_ID" not in environ:
+            raise ConfigError("no SLURM_JOB_ID in the environment: this command is for jobs, see slurm/train.sbatch.")
+        array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+        return cls(
+            name=f"{array}_{task}" if array else environ["SLURM_JOB_ID"],
+            chain=array or environ["SLURM_JOB_ID"],
+            restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
+            nodes=tuple(nodes),
+            is_array=array is not None,
+            is_last=task == environ.get("SLURM_ARRAY_TASK_MAX"),
+        )
+
+    def is_start(self, attempt: Attempt) -> bool:
+        return (attempt.job, attempt.restarts) == (self.name, self.restarts)
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Nodes that failed, and the lines that say so."""
+
+    nodes: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job of a chain."""
+
+    job: str
+    chain: str
+    restarts: int
+    nodes: tuple[str, ...]
+    time: float
+    """When it began, Unix seconds."""
+    step: int
+    """Steps of the newest checkpoint when it began."""
+    saved: int | None = None
+    """The same when it ended; None while it runs, or if it was killed and nobody has looked since."""
+    code: int | None = None
+    """Exit code of srun; None if the job was killed."""
+    action: str = ""
+    blamed: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        return self.saved is not None
+
+    @property
+    def fruitless(self) -> bool:
+        """Whether it failed without a new checkpoint."""
+        return self.ended and self.code not in (FINISHED, STOPPED, USER_ERROR) and (self.saved or 0) <= self.step
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Action
+    message: str
+    code: int
+    """Exit code of the job."""
+
+
+def decide(
+    code: int | None, job: Job, attempts: Sequence[Attempt], limits: Limits, *, preempted: bool, reason: str
+) -> Decision:
+    """What follows on a start of `job` that ended with `code` (None: killed). `attempts`: those of this chain, the
+    one that ended included. `reason`: why `mvar train` stopped, in its words."""
+    again = job.restarts < limits.restarts
+    if code == FINISHED:
+        return Decision("finished", "the run is finished; what is left of the chain is cancelled.", 0)
+    if code == USER_ERROR:
+        return Decision("stop", "wrong use (see above): the chain ends here. Mend it and submit again.", USER_ERROR)
+    if code == STOPPED:
+        if reason.endswith("STOP exists"):
+            return Decision("stop", "stopped by the STOP file: the chain ends here. Submit again to go on.", 0)
+        if preempted and again:
+            return Decision("requeue", "preempted, with a checkpoint saved: requeued.", 0)
+        why = f"saved and stopped ({reason or 'asked to'})"
+        if not job.is_array or (job.is_last and not preempted):
+            return Decision("next", f"{why}; no further job of this chain waits. Submit again to go on.", 0)
+        return Decision("next", f"{why}; the next task of the array goes on.", 0)
+
+    fault = "killed" if code is None else f"failed with exit code {code}"
+    fruitless = 0
+    for attempt in reversed(attempts):
+        if not attempt.fruitless:
+            break
+        fruitless += 1
+    if fruitless >= limits.fruitless:
+        return Decision(
+            "stop",
+            f"{fault}, and {fruitless} starts in a row brought no new checkpoint: the chain ends here instead of"
+            " burning the allocation. Look at the logs named above, mend the cause, submit again.",
+            code or 1,
+        )
+    if again:
+        return Decision("requeue", f"{fault}: requeued (start {job.restarts + 2} of this job).", code or 1)
+    return Decision("next", f"{fault}, after {job.restarts} restarts: left to the next task of the array.", code or 1)
+
+
+TASK = re.compile(r"srun: error: (?P<nodes>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
+NODE = re.compile(r"Node failure on (?P<nodes>\S+)")
+
+
+def blame(log: str, nodes: Sequence[str], code: int | None) -> Blame:
+    """Which of a failed start's nodes is to blame, from what srun said on stderr.
+
+    A node that Slurm lost is. Else a task that died of a signal before srun began to end the others points at its node;
+    one that failed with an exit code does so only if the tasks of other nodes did not fail alike: then the program is.
+    """
+    if code in (FINISHED, STOPPED, USER_ERROR):
+        return Blame()
+    lines = log.splitlines()
+    found = [(expand(m["nodes"]), line) for line in lines if (m := NODE.search(line))]
+    if not found:
+        ends = [(place, m) for place, line in enumerate(lines) if (m := TASK.search(line))]
+        stopping = (place for place, line in enumerate(lines) if "Terminating" in line or "aborted" in line)
+        by_themselves = next(stopping, len(lines))
+        for place, own in ends:
+            alike = {node for _, other in ends if other["how"] == own["how"] for node in expand(other["nodes"])}
+            if place < by_themselves and (len(alike) == 1 or not own["how"].startswith("Exited")):
+                found.append((expand(own["nodes"]), lines[place]))
+    named = {name for names, _ in found for name in names} & {*nodes}
+    if len(named) == len(nodes) > 1:
+        return Blame()  # All of them at once: no node's fault.
+    return Blame(tuple(sorted(named)), tuple(line for _, line in found if named))
+
+
+def expand(names: str) -> tuple[str, ...]:
+    """Slurm's `n[1-3,07],m` as single names."""
+    found: list[str] = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[]+)(?:\[([^\]]*)\])?([^,\[]*),?", names):
+        if not ranges:
+            found.append(prefix)
+        for part in filter(None, ranges.split(",")):
+            low, _, high = part.partition("-")
+            found += [f"{prefix}{n:0{len(low)}}{suffix}" for n in range(int(low), int(high or low) + 1)]
+    return tuple(found)
+
+
+def strikes(attempts: Iterable[Attempt]) -> dict[str, int]:
+    """How often each node was to blame."""
+    counts: dict[str, int] = {}
+    for attempt in attempts:
+        for node in attempt.blamed:
+            counts[node] = counts.get(node, 0) + 1
+    return counts
+
+
+def newest_step(run: Path) -> int:
+    """Steps of the newest checkpoint, 0 without one. By name: verifying it is the training's."""
+    return max(steps_in(run / "checkpoints"), default=0)
+
+
+class Logs:
+    """RUN/logs: what the jobs of a run said, the record of their starts, and the nodes to avoid.
+
+    train.log           everything that the scripts and rank 0 say, of all jobs
+    JOB/rank-000.log    one for each rank, appended to when the job starts again
+    JOB/srun-R.log      what srun said of its R-th restart
+    latest              link to the newest JOB
+    chain.jsonl         every start and its end
+    excluded-nodes      a node a line, with the evidence; remove a line to use the node again
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "logs"
+        self.record = self.folder / "chain.jsonl"
+        self.excluded = self.folder / "excluded-nodes"
+
+    def open(self, job: Job) -> None:
+        (self.folder / job.name).mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / ".latest.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(job.name)
+        temporary.replace(self.folder / "latest")
+
+    def srun(self, job: str, restarts: int) -> str:
+        path = self.folder / job / f"srun-{restarts}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def begin(self, job: Job, step: int) -> None:
+        self._write("begin", job.name, job.restarts, chain=job.chain, nodes=job.nodes, step=step)
+
+    def end(self, job: str, restarts: int, saved: int, code: int | None, action: str, blamed: Blame, why: str) -> None:
+        outcome = {"saved": saved, "code": code, "action": action, "reason": why}
+        self._write("end", job, restarts, **outcome, blamed=blamed.nodes, evidence=blamed.evidence)
+
+    def _write(self, event: str, job: str, restarts: int, **values: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entry = {"event": event, "time": time.time(), "job": job, "restarts": restarts}
+        json_lines.append(self.record, entry | values)
+
+    def attempts(self) -> list[Attempt]:
+        """All starts, oldest first. Lines torn by a kill are passed over."""
+        found: list[Attempt] = []
+        for entry in json_lines.read(self.record):
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+                if entry["event"] == "begin":
+                    names = ("job", "chain", "restarts", "time", "step")
+                    found.append(Attempt(nodes=tuple(entry["nodes"]), **{name: entry[name] for name in names}))
+                elif entry["event"] == "end":
+                    ended = {name: entry[name] for name in ("saved", "code", "action")}
+                    which = [a.job == entry["job"] and a.restarts == entry["restarts"] for a in found]
+                    place = len(which) - 1 - which[::-1].index(True)
+                    found[place] = Attempt(**(vars(found[place]) | ended | {"blamed": tuple(entry["blamed"])}))
+        return found
+
+    def avoided(self) -> list[str]:
+        """Nodes that are not to be used."""
+        if not self.excluded.is_file():
+            return []
+        return [line.split()[0] for line in self.excluded.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def avoid(self, node: str, evidence: str) -> None:
+        with self.excluded.open("a", encoding="utf-8") as file:
+            file.write(f"{node}  {evidence}\n")
+
+
+class Slurm:
+    """What the chain asks of Slurm. Every call is bounded in time; none raises: a chain outlives a silent Slurm."""
+
+    def call(self, *words: str) -> str | None:
+        """What the command prints; None if it failed."""
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_WITHIN_S)
+        except (OSError, subprocess.SubprocessError) as error:
+            say(f"{words[0]}: {error}")
+            return None
+        if done.returncode:
+            say(f"{' '.join(words)}: {done.stderr.strip()}")
+            return None
+        return done.stdout
+
+    def is_preempted(self, job: Job) -> bool:
+        shown = self.call("scontrol", "-o", "show", "job", job.name) or ""
+        return re.search(r"\bPreemptTime=\d", shown) is not None
+
+    def restarted_since(self, nodes: Sequence[str], since: float) -> Blame:
+        """Of the nodes, those that Slurm lost or that came up after `since` (Unix seconds)."""
+        shown = self.call("scontrol", "-o", "show", "node", ",".join(nodes)) if nodes else None
+        found = {}
+        for line in (shown or "").splitlines():
+            fields = dict(re.findall(r"\b(NodeName|State|SlurmdStartTime)=(\S+)", line))
+            state, up = fields.get("State", ""), fields.get("SlurmdStartTime", "")
+            if "DOWN" in state or "NOT_RESPONDING" in state or state.endswith("*"):
+                found[fields["NodeName"]] = f"{fields['NodeName']}: {state}"
+            elif up[:1].isdigit() and datetime.fromisoformat(up).timestamp() > since:
+                found[fields["NodeName"]] = f"{fields['NodeName']}: came up again at {up}"
+        return Blame(tuple(found), tuple(found.values()))
+
+    def cancel_waiting(self, job: Job) -> None:
+        if job.is_array:
+            self.call("scancel", "--state=PENDING", job.chain)
+
+    def requeue(self, job: Job, avoided: Sequence[str]) -> bool:
+        """Start the job again, and neither it nor the rest of its chain on the nodes to avoid. It is killed soon."""
+        if self.call("scontrol", "requeue", job.name) is None:
+            return False
+        if avoided:  # Only now: Slurm changes this of waiting jobs alone.
+            self.call("scontrol", "update", f"JobId={job.name}", f"ExcNodeList={','.join(avoided)}")
+            self.avoid_later(job, avoided)
+        return True
+
+    def avoid_later(self, job: Job, avoided: Sequence[str]) -> None:
+        """The waiting tasks of the chain, too. Slurm answers with an error for each that does not wait."""
+        if job.is_array and avoided:
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                words = ["scontrol", "update", f"JobId={job.chain}", f"ExcNodeList={','.join(avoided)}"]
+                subprocess.run(words, capture_output=True, timeout=ANSWER_WITHIN_S)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} chain: {text}", flush=True)
+
+
+def exclude_repeaters(logs: Logs, attempts: Sequence[Attempt], limits: Limits, evidence: Blame) -> None:
+    """Write nodes that were to blame too often on the list, with the evidence."""
+    avoided = logs.avoided()
+    for node, count in strikes(attempts).items():
+        if count >= limits.strikes and node in evidence.nodes and node not in avoided:
+            starts = ", ".join(f"{a.job} (restart {a.restarts})" for a in attempts if node in a.blamed)
+            last = next((line for line in reversed(evidence.evidence) if node in line), "")
+            text = f"failed {count} times: in {starts}; last: {last}"
+            logs.avoid(node, text)
+            say(f"node {node} is excluded from this run. It {text}")
+
+
+def close_lost(logs: Logs, slurm: Slurm, run: Path, limits: Limits) -> list[Attempt]:
+    """Write down the end of the last start if it was killed before it could: the time to look what became of it."""
+    attempts = logs.attempts()
+    if attempts and not attempts[-1].ended:
+        last = attempts[-1]
+        said = blame(logs.srun(last.job, last.restarts), last.nodes, None)
+        seen = slurm.restarted_since(last.nodes, last.time)
+        blamed = Blame(tuple(sorted({*said.nodes, *seen.nodes})), said.evidence + seen.evidence)
+        logs.end(last.job, last.restarts, newest_step(run), None, "lost", blamed, "killed")
+        say(
+            f"the start before ({last.job}, restart {last.restarts}) was killed. {' | '.join(blamed.evidence)}".rstrip()
+        )
+        attempts = logs.attempts()
+        exclude_repeaters(logs, attempts, limits, blamed)
+    return attempts
+
+
+def begin(job: Job, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str]) -> int:
+    """Before training: decide whether this job trains, and prepare its logs and the run's snapshot."""
+    logs = Logs(run)
+    attempts = close_lost(logs, slurm, run, limits)
+    own = [attempt for attempt in attempts if attempt.chain == job.chain]
+    if own and own[-1].action in ("finished", "stop") and own[-1].job != job.name:
+        say(f"job {own[-1].job} ended this chain ({own[-1].action}); nothing is left to do.")
+        slurm.cancel_waiting(job)
+        return BEGIN["leave"]
+    if own and own[-1].action == "lost" and own[-1].job == job.name:
+        decision = decide(None, job, own, limits, preempted=False, reason="")
+        if decision.action == "stop":
+            say(decision.message)
+            step = newest_step(run)
+            logs.begin(job, step)
+            logs.end(job.name, job.restarts, step, None, "stop", Blame(), "no progress")
+            slurm.cancel_waiting(job)
+            return BEGIN["leave"]
+    avoided = logs.avoided()
+    if met := sorted({*avoided} & {*job.nodes}):
+        say(f"got {', '.join(met)}, which this run avoids (see {logs.excluded}).")
+        if job.restarts < limits.restarts and slurm.requeue(job, avoided):
+            return BEGIN["leave"]
+        say("cannot be requeued: training here all the same.")
+    slurm.avoid_later(job, avoided)
+    if own:  # Once for a chain, not at each of its starts.
+        words = [word for word in words if word != "--resnapshot"]
+    if code := run_command(snapshot.main, [str(run), *words]):
+        slurm.cancel_waiting(job)
+        return code
+    logs.open(job)
+    step = newest_step(run)
+    logs.begin(job, step)
+    say(f"job {job.name}, restart {job.restarts}, on {', '.join(job.nodes)}; newest checkpoint: step {step}.")
+    return BEGIN["train"]
+
+
+def own_words(run: Path, job: Job, code: int) -> tuple[int, str]:
+    """Exit code and reason of a start. What the training wrote at its end counts for more than what srun says: once the
+    first rank ends with 75, srun kills those that are still on their way out, and reports that."""
+    starts = History(run).starts()
+    if not starts or (starts[-1].job, starts[-1].restarts) != (job.name, job.restarts):
+        return code, ""
+    said = starts[-1]
+    return said.code if said.code in (FINISHED, STOPPED) else code, said.reason
+
+
+def end(job: Job, slurm: Slurm, limits: Limits, run: Path, code: int) -> int:
+    """After training: write down what happened, decide, act. Returns the job's exit code."""
+    logs = Logs(run)
+    code, reason = own_words(run, job, code)
+    evidence = blame(logs.srun(job.name, job.restarts), job.nodes, code)
+    step = newest_step(run)
+    outcome = {"saved": step, "code": code, "blamed": evidence.nodes}
+    attempts = [Attempt(**(vars(a) | outcome)) if job.is_start(a) else a for a in logs.attempts()]
+    own = [attempt for attempt in attempts if attempt.chain == job.chain]
+    decision = decide(code, job, own, limits, preempted=slurm.is_preempted(job), reason=reason)
+    logs.end(job.name, job.restarts, step, code, decision.action, evidence, reason)
+    if code not in (FINISHED, STOPPED, USER_ERROR):
+        say(f"logs: {logs.folder / job.name}. {' | '.join(evidence.evidence)}".rstrip())
+        exclude_repeaters(logs, attempts, limits, evidence)
+    say(decision.message)
+    if decision.action in ("finished", "stop"):
+        slurm.cancel_waiting(job)
+    elif decision.action == "requeue" and not slurm.requeue(job, logs.avoided()):
+        say("cannot be requeued: left to the next task of the array.")
+    return decision.code
+
+
+def parse_begin(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The run folder, and what `mvar.cluster.snapshot` is to be given. Raises ConfigError."""
+    parser = argparse.ArgumentParser(prog="slurm/train.sbatch", add_help=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resnapshot", action="store_true")
+    parser.add_argument("--change-batch", action="store_true")  # Goes to the training only.
+    parser.add_argument("--from-scratch", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    try:
+        args, unknown = parser.parse_known_intermixed_args(list(words))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"arguments of the training job: {error}.") from None
+    if unknown:
+        raise ConfigError(f"arguments of the training job: {unknown[0]} is not one of mvar train's that a chain takes.")
+    if args.from_scratch:
+        raise ConfigError("--from-scratch: a chain would do it at each start. Give run=... a new folder instead.")
+    runs = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
+    if not runs:
+        raise ConfigError("the training job needs run=FOLDER among its arguments.")
+    given = [word for word in args.overrides if not word.startswith("run=")]
+    config = ["--config", str(args.config)] if args.config else []
+    return Path(runs[-1]), [*config, *(["--resnapshot"] if args.resnapshot else []), *given]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    what, rest = words[:1], words[1:]
+    slurm, limits = Slurm(), Limits.of(os.environ)
+    job = Job.of(os.environ, expand(os.environ.get("SLURM_JOB_NODELIST", "")))
+    if what == ["begin"]:
+        try:
+            run, given = parse_begin(rest)
+            return begin(job, slurm, limits, run, given)
+        except MvarError:
+            slurm.cancel_waiting(job)
+            raise
+    if what == ["end"]:
+        parser = argparse.ArgumentParser(prog="python -m mvar.cluster.chain end")
+        parser.add_argument("run", type=Path)
+        parser.add_argument("--code", type=int, required=True, help="exit code of srun")
+        args = parser.parse_args(rest)
+        return end(job, slurm, limits, args.run, args.code)
+    raise ConfigError(f"expected begin or end, got {' '.join(what) or 'nothing'}.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,421 @@
+"""The code store: a folder of webdataset tars that hold tokenized images, an index that makes every sample addressable.
+
+    manifest.json            what the store is and what it is made of; written last: its presence means complete
+    index.npz                for each split: shard number, byte offset of the codes, label of every sample
+    quantizer.safetensors    the part of the tokenizer that training needs
+    train-000000.tar ...     <key>.codes.npy (uint16, views x L) and <key>.cls (class index) of each sample
+    val-000000.tar ...
+
+Legend: N samples asked for, V views, L tokens of all scales.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import mmap
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+
+from mvar.data import staging
+from mvar.errors import StoreError
+from mvar.files.disk import sha256_of
+from mvar.files.remote import is_url
+from mvar.scales import ScalePyramid
+
+if TYPE_CHECKING:
+    from mvar.tokenizer.quantizer import Quantizer
+
+FORMAT = "mvar-code-store"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npz"
+QUANTIZER = "quantizer.safetensors"
+JOB = "job.json"
+CODES_SUFFIX = ".codes.npy"
+LABEL_SUFFIX = ".cls"
+TAR_BLOCK = 512
+
+I64 = NDArray[np.int64]
+U16 = NDArray[np.uint16]
+ReaderKind = Literal["mmap", "ram", "staged"]
+
+
+class _Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, protected_namespaces=())
+
+
+class FileInfo(_Record):
+    """A file of the store, as it has to be. Its name is a plain one: copies are written, and commands run, with it."""
+
+    name: Annotated[str, pydantic.Field(pattern=r"^\w[\w.-]*$")]
+    bytes: int
+    sha256: str
+
+
+class ShardInfo(FileInfo):
+    samples: int
+
+
+class Quarantined(_Record):
+    """An image that is left out of its shard, because it is damaged."""
+
+    key: str
+    reason: str
+
+
+class SplitInfo(_Record):
+    samples: int
+    views: tuple[str, ...]
+    shards: tuple[ShardInfo, ...]
+    quarantine: tuple[Quarantined, ...] = ()
+
+
+class TokenizerInfo(_Record):
+    """The tokenizer that made the codes: digest of its file, and what `VQVAE(**geometry)` needs."""
+
+    sha256: str
+    geometry: dict[str, Any]
+
+
+class SourceInfo(_Record):
+    """What was tokenized: kind of source, and the fingerprint of its listing."""
+
+    kind: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Record):
+    """Everything a reader has to know. Unknown keys are ignored, so that a later minor addition does no harm."""
+
+    format: Literal["mvar-code-store"] = "mvar-code-store"
+    format_version: int = FORMAT_VERSION
+    patch_nums: tuple[int, ...]
+    vocab_size: int
+    latent_channels: int
+    classes: tuple[str, ...]
+    tokenizer: TokenizerInfo
+    source: SourceInfo
+    transform: dict[str, Any]
+    encoding: dict[str, Any]
+    statistics: dict[str, Any]
+    job_sha256: str
+    index: FileInfo
+    quantizer: FileInfo
+    splits: dict[str, SplitInfo]
+
+    @property
+    def tokens(self) -> int:
+        """L: tokens of one view."""
+        return ScalePyramid(self.patch_nums).total
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of the store in `folder`. Raises StoreError: missing, damaged, of another version."""
+        try:
+            data = (folder / MANIFEST).read_bytes()
+        except OSError as error:
+            raise StoreError(_explain_missing(folder, error)) from None
+        return cls.parse(data, str(folder))
+
+    @classmethod
+    def parse(cls, data: bytes, folder: str) -> Manifest:
+        """A manifest from its file's bytes; `folder` is named in the StoreError."""
+        path = f"{folder}/{MANIFEST}"
+        try:
+            tree = json.loads(data)
+        except ValueError as error:
+            raise StoreError(f"{path}: not valid JSON ({error}). Write it again: mvar finalize {folder}") from None
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise StoreError(f"{path}: not the manifest of a code store. Point to a folder made by `mvar tokenize`.")
+        if tree.get("format_version") != FORMAT_VERSION:
+            raise StoreError(
+                f"{path}: format version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
+                "Use the version of mvar that wrote the store, or tokenize again."
+            )
+        try:
+            return cls.model_validate(tree)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise StoreError(
+                f"{path}: damaged at {where} ({problem['msg']}). Write it again: mvar finalize {folder}"
+            ) from None
+
+    def to_json(self) -> bytes:
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+class CodeStore:
+    """A finished store, checked and ready to read. Use `CodeStore.open`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, splits: dict[str, Split]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._splits = splits
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, reader: ReaderKind = "mmap", stage: Path | None = None, verify: bool = False
+    ) -> CodeStore:
+        """Read manifest and index, and check them and the shards' sizes; with `verify` also every shard's digest.
+
+        `reader`: "mmap" reads codes from the shards as they are asked for (pages are shared by all processes of a
+        machine); "ram" loads them all first; "staged" copies the store under the folder `stage` first, once for all
+        processes of a node, and maps that. A URL has to be staged. Raises StoreError.
+        """
+        if reader == "staged":
+            if stage is None:
+                raise StoreError(
+                    f"code store {path}: reader staged needs a folder on the node's own disk (data.stage)."
+                )
+            path = staging.stage(path, stage)
+        elif is_url(str(path)):
+            raise StoreError(
+                f"code store {path}: a URL has to be copied first. Set data.reader=staged, data.stage=DIR."
+            )
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        check_file(folder, manifest.index)
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                check_file(folder, shard, digest=verify)
+        tables = read_index(folder / INDEX)
+        splits = {}
+        for name, info in manifest.splits.items():
+            table = tables.get(name)
+            if table is None:
+                raise StoreError(f"{folder / INDEX}: holds no split {name!r}. Write it again: mvar finalize {folder}")
+            _check_table(folder, name, info, table, manifest)
+            splits[name] = Split(folder, name, info, table, manifest.tokens)
+            if reader == "ram":
+                splits[name].load()
+        return cls(folder, manifest, splits)
+
+    def split(self, name: str) -> Split:
+        """The samples of `train` or `val`; `val` may be empty."""
+        if name not in self._splits:
+            raise StoreError(f"code store {self.folder}: no split {name!r}, it has {', '.join(self._splits)}.")
+        return self._splits[name]
+
+    def quantizer(self) -> Quantizer:
+        """The tokenizer's quantizer, from the file inside the store, after a check of its digest."""
+        from mvar.tokenizer.files import load_quantizer
+
+        check_file(self.folder, self.manifest.quantizer)
+        return load_quantizer(self.folder / QUANTIZER)
+
+    def require_geometry(self, patch_nums: Sequence[int], vocab_size: int, latent_channels: int) -> None:
+        """Raises StoreError unless a model (or tokenizer) of this geometry can use the codes."""
+        have = self.manifest
+        differing = [
+            f"{name}: the store has {theirs}, the model {ours}"
+            for name, theirs, ours in (
+                ("patch_nums", list(have.patch_nums), list(patch_nums)),
+                ("vocab_size", have.vocab_size, vocab_size),
+                ("latent_channels", have.latent_channels, latent_channels),
+            )
+            if theirs != ours
+        ]
+        if differing:
+            raise StoreError(
+                f"code store {self.folder} was made for another geometry: {'; '.join(differing)}. "
+                "Set the model's keys to the store's values, or tokenize with the tokenizer that the model is for."
+            )
+
+
+class IndexTable(_Record):
+    """Where the samples of a split lie, in the store's order."""
+
+    model_config = pydantic.ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    shard_N: NDArray[np.int32]
+    offset_N: I64
+    label_N: NDArray[np.int32]
+
+
+class Split:
+    """The samples of one split, addressable by number.
+
+    `labels_N`: int64 (samples,). `views`: views of each sample.
+    """
+
+    def __init__(self, folder: Path, name: str, info: SplitInfo, table: IndexTable, tokens: int) -> None:
+        self.name = name
+        self.views = len(info.views)
+        self.tokens = tokens
+        self.labels_N: I64 = table.label_N.astype(np.int64)
+        self._folder = folder
+        self._shards = info.shards
+        self._first_sample = np.cumsum([0, *(shard.samples for shard in info.shards)])
+        self._shard_N = table.shard_N
+        self._offset_N = table.offset_N
+        self._windows: dict[int, U16] = {}
+        self._resident: U16 | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def codes(self, indices_N: I64, views_N: I64) -> U16:
+        """Codes of sample `indices_N[n]` in view `views_N[n]`: uint16 (N, L). Raises StoreError on a damaged shard."""
+        indices_N, views_N = np.asarray(indices_N, dtype=np.int64), np.asarray(views_N, dtype=np.int64)
+        self._check_range(indices_N, views_N)
+        if self._resident is not None:
+            return self._resident[indices_N, views_N]
+        starts_N = self._offset_N[indices_N] // 2 + views_N * self.tokens
+        shards_N = self._shard_N[indices_N]
+        gathered: U16 = np.empty((len(indices_N), self.tokens), dtype=np.uint16)
+        order_N = np.argsort(shards_N, kind="stable")
+        for group in np.split(order_N, np.flatnonzero(np.diff(shards_N[order_N])) + 1):
+            if group.size:
+                gathered[group] = self._open(int(shards_N[group[0]]))[starts_N[group]]
+        return gathered
+
+    def key(self, index: int) -> str:
+        """The sample's key, read from its place in the shard."""
+        shard = self._folder / self._shards[int(self._shard_N[index])].name
+        with shard.open("rb") as file:
+            file.seek(int(self._offset_N[index]) - len(codes_header(self.views, self.tokens)) - TAR_BLOCK)
+            return file.read(100).split(b"\0")[0].decode().removesuffix(CODES_SUFFIX)
+
+    def load(self) -> None:
+        """Read all codes into memory (2 x views x L bytes a sample); from then on no file is touched."""
+        resident: U16 = np.empty((len(self), self.views, self.tokens), dtype=np.uint16)
+        for number, info in enumerate(self._shards):
+            check_file(self._folder, info, digest=False)
+            windows = self._checked_windows(number, np.fromfile(self._folder / info.name, dtype=np.uint8))
+            own = slice(*self._first_sample[number : number + 2])
+            for view in range(self.views):
+                resident[own, view] = windows[self._offset_N[own] // 2 + view * self.tokens]
+        self._resident = resident
+        self._windows.clear()
+
+    def _check_range(self, indices_N: I64, views_N: I64) -> None:
+        if indices_N.size and not (indices_N.min() >= 0 and indices_N.max() < len(self)):
+            raise IndexError(f"sample numbers must lie in [0, {len(self)})")
+        if views_N.size and not (views_N.min() >= 0 and views_N.max() < self.views):
+            raise IndexError(f"view numbers must lie in [0, {self.views})")
+
+    def _open(self, number: int) -> U16:
+        """A shard, mapped, as every run of L consecutive 16-bit words in it: (words - L + 1, L), no copy."""
+        windows = self._windows.get(number)
+        if windows is None:
+            info = self._shards[number]
+            check_file(self._folder, info, digest=False)
+            windows = self._checked_windows(number, _map(self._folder / info.name, info.bytes))
+            self._windows[number] = windows
+        return windows
+
+    def _checked_windows(self, number: int, data: NDArray[np.uint8]) -> U16:
+        """Raises StoreError unless the shard's first and last sample begin where the index says."""
+        header = np.frombuffer(codes_header(self.views, self.tokens), dtype=np.uint8)
+        for place in (self._first_sample[number], self._first_sample[number + 1] - 1):
+            offset = self._offset_N[place]
+            if not np.array_equal(data[offset - len(header) : offset], header):
+                raise StoreError(
+                    f"shard {self._folder / self._shards[number].name}: no codes of {self.views} x {self.tokens} where "
+                    f"the index says (byte {offset}). The shard is damaged or is another one. "
+                    f"Run mvar verify {self._folder}, then tokenize again."
+                )
+        words = data[: len(data) // 2 * 2].view("<u2")
+        return np.lib.stride_tricks.sliding_window_view(words, self.tokens)
+
+
+def _map(path: Path, size: int) -> NDArray[np.uint8]:
+    """The file's bytes, read as they are touched, without reading ahead.
+
+    Unlike numpy's mmap this holds no file descriptor: a store may have more shards than a process may open.
+    """
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    with contextlib.suppress(AttributeError):
+        # Samples are read in random order: without this every one drags in megabytes around it.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(size), mmap.MADV_RANDOM)
+    return mapped.numpy()
+
+
+def codes_header(views: int, tokens: int) -> bytes:
+    """The bytes that stand before the codes in a `.codes.npy`: numpy's format 1.0."""
+    buffer = io.BytesIO()
+    description = {"descr": "<u2", "fortran_order": False, "shape": (views, tokens)}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
+def write_index(file: IO[bytes], tables: dict[str, IndexTable]) -> None:
+    """Write index.npz (uncompressed, reproducible bytes)."""
+    arrays: dict[str, Any] = {}
+    for split, table in tables.items():
+        arrays |= {f"{split}_shard": table.shard_N, f"{split}_offset": table.offset_N, f"{split}_label": table.label_N}
+    np.savez(file, **arrays)
+
+
+def read_index(path: Path) -> dict[str, IndexTable]:
+    """The tables of index.npz by split. Raises StoreError on a damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = {name.rpartition("_")[0] for name in arrays.files}
+            return {
+                name: IndexTable(
+                    shard_N=arrays[f"{name}_shard"], offset_N=arrays[f"{name}_offset"], label_N=arrays[f"{name}_label"]
+                )
+                for name in names
+            }
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise StoreError(f"{path}: cannot be read ({error}). Write it again: mvar finalize {path.parent}") from None
+
+
+def check_file(folder: Path, info: FileInfo, *, digest: bool = True) -> None:
+    """Raises StoreError unless the file exists, has its size and (with `digest`) its sha256."""
+    path = folder / info.name
+    mend = f"Run the tokenize command again (it re-makes what is damaged), then mvar finalize {folder}."
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise StoreError(f"{path}: missing from the store ({error.strerror}). {mend}") from None
+    if size != info.bytes:
+        raise StoreError(f"{path}: damaged, {size:,} bytes instead of {info.bytes:,}. {mend}")
+    if digest and sha256_of(path) != info.sha256:
+        raise StoreError(f"{path}: damaged, its sha256 is not the one in the manifest ({info.sha256[:12]}...). {mend}")
+
+
+def _check_table(folder: Path, name: str, info: SplitInfo, table: IndexTable, manifest: Manifest) -> None:
+    """The index agrees with the manifest, so that reading by it stays inside the shards."""
+    counts = [shard.samples for shard in info.shards]
+    sizes = np.array([shard.bytes for shard in info.shards], dtype=np.int64)
+    lengths = {len(table.shard_N), len(table.offset_N), len(table.label_N), info.samples, sum(counts)}
+    header, payload = len(codes_header(len(info.views), manifest.tokens)), 2 * len(info.views) * manifest.tokens
+    good = len(lengths) == 1 and np.array_equal(table.shard_N, np.repeat(np.arange(len(counts)), counts))
+    if good and info.samples:
+        inside = (table.offset_N >= header + TAR_BLOCK) & (table.offset_N + payload <= sizes[table.shard_N])
+        labels = (table.label_N >= 0) & (table.label_N < len(manifest.classes))
+        good = bool(inside.all() and labels.all() and not (table.offset_N % 2).any())
+    if not good:
+        raise StoreError(
+            f"{folder / INDEX}: does not match the manifest's split {name!r}. Write both again: mvar finalize {folder}"
+        )
+
+
+def _explain_missing(folder: Path, error: OSError) -> str:
+    if not folder.is_dir():
+        return f"code store {folder}: no such folder. Give the folder that `mvar tokenize` wrote as store=..."
+    if (folder / JOB).exists():
+        return (
+            f"code store {folder}: {MANIFEST} is missing, so the store is not complete. "
+            f"When all tokenize tasks have ended, run: mvar finalize {folder}"
+        )
+    return (
+        f"code store {folder}: {MANIFEST} cannot be read ({error.strerror}) and nothing was tokenized here. "
+        "Run mvar tokenize with store=... set to this folder, then mvar finalize."
+    )

@@ -1,0 +1,1 @@
+"""Bytes on disks and in buckets that are complete or absent."""

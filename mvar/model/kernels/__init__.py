@@ -1,0 +1,1 @@
+"""The arithmetic of Mamba-2: in torch, and through the kernels of mamba-ssm."""

@@ -1,0 +1,129 @@
+"""RUN/history.jsonl: every start of a training run, and how it ended.
+
+The losses of a run are in metrics.jsonl, which a resumed run cuts back to where it goes on; nothing is ever cut here.
+One JSON object a line, all with `event` and `time` (Unix seconds):
+
+    start      pid, host, world, and of Slurm: job, restarts, nodes, allocated (when the job began);
+               last_sign (when the process before last wrote a measurement: the end of a killed one)
+    going_on   step: the checkpoint was taken up (0: the run began)
+    end        code, step, reason: the process ended by itself
+
+A start without an end was killed. Needs neither torch nor Slurm.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvar.errors import MvarError
+from mvar.files import json_lines
+
+NAME = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the run."""
+
+    time: float
+    """Unix seconds."""
+    world: int
+    pid: int
+    host: str
+    job: str | None
+    """Slurm's job id; `array_task` for a member of an array."""
+    restarts: int
+    """How often Slurm had requeued the job."""
+    nodes: str | None
+    allocated: float | None
+    """When the job got its nodes, Unix seconds."""
+    last_sign: float | None = None
+    """When metrics.jsonl had last been written to, Unix seconds: a killed start before this one lived until then."""
+    begin_step: int | None = None
+    """Steps done when training went on; None if it never got so far."""
+    end_time: float | None = None
+    """None: killed, or still running."""
+    end_step: int | None = None
+    code: int | None = None
+    reason: str = ""
+
+
+class History:
+    """The file of one run. Only the process that holds the run folder writes: others say `writes=False`."""
+
+    def __init__(self, run: Path, *, writes: bool = True) -> None:
+        self.path = run / NAME
+        self._writes = writes
+
+    @contextmanager
+    def recording(self, world: int) -> Iterator[History]:
+        """From a start to its end. An error that passes is the end's reason; other ends are told through `end`."""
+        self.start(world)
+        try:
+            yield self
+        except BaseException as error:
+            expected = isinstance(error, MvarError) or getattr(error, "expected", False)
+            self.end(2 if expected else 1, None, f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+
+    def start(self, world: int, environ: Mapping[str, str] = os.environ) -> None:
+        array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+        began = environ.get("SLURM_JOB_START_TIME", "")
+        self._write(
+            "start",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            world=world,
+            job=f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID"),
+            restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
+            nodes=environ.get("SLURM_JOB_NODELIST"),
+            allocated=float(began) if began.isdigit() else None,
+            last_sign=self._last_measurement(),
+        )
+
+    def _last_measurement(self) -> float | None:
+        try:
+            return self.path.with_name("metrics.jsonl").stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def going_on(self, step: int) -> None:
+        self._write("going_on", step=step)
+
+    def end(self, code: int, step: int | None, reason: str) -> None:
+        self._write("end", code=code, step=step, reason=reason)
+
+    def _write(self, event: str, **values: Any) -> None:
+        if not self._writes:
+            return
+        entry = {"event": event, "time": time.time()} | values
+        try:
+            json_lines.append(self.path, entry)
+        except OSError as error:  # A full disk: no reason to end a training.
+            print(f"mvar: WARNING: {self.path}: {error}; not noted: {entry}", file=sys.stderr, flush=True)
+
+    def starts(self) -> list[Start]:
+        """All starts, oldest first. Lines torn by a kill are passed over."""
+        found: list[Start] = []
+        for event in json_lines.read(self.path):
+            kind = event.pop("event", None)
+            if kind == "start":
+                found.append(Start(**event))
+            elif kind == "going_on" and found:
+                found[-1] = _with(found[-1], begin_step=event["step"])
+            elif kind == "end" and found:
+                ended = {"end_time": event["time"], "end_step": event["step"]}
+                found[-1] = _with(found[-1], **ended, code=event["code"], reason=event["reason"])
+        return found
+
+
+def _with(start: Start, **changes: Any) -> Start:
+    return Start(**(vars(start) | changes))

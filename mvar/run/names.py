@@ -1,0 +1,22 @@
+"""Names of checkpoints in a run folder, for those who look at them with torch and those who do without."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CLAIM = "run"
+"""Name of the claim on a run folder (see mvar.run.claims)."""
+_NAME = re.compile(r"step-(\d{9,})")
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:09d}"
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """Steps of all complete checkpoints, rising."""
+    if not checkpoints.is_dir():
+        return []
+    names = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
+    return sorted(int(name[1]) for name in names if name)

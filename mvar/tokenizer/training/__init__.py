@@ -1,0 +1,1 @@
+"""Training the tokenizer: its losses, its discriminator, its codebook in use, its state on disk."""

@@ -1,0 +1,116 @@
+"""What a training is, before anything of its size is allocated: configuration, store, plan, batches, all checked."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass, replace
+
+import torch
+
+import mvar
+from mvar import ds_config
+from mvar.checkpoint.record import Identity, Progress
+from mvar.config import ModelConfig, TrainConfig
+from mvar.data.store import MANIFEST, CodeStore
+from mvar.data.stream import TrainStream
+from mvar.ds_config import BatchSplit
+from mvar.errors import ConfigError, TokenizerError
+from mvar.files.disk import sha256_of
+from mvar.plan.room import require_room
+from mvar.schedule import Plan, Stretch
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that follows from configuration, store and number of ranks."""
+
+    config: TrainConfig
+    model: ModelConfig
+    """With the number of classes."""
+    store: CodeStore
+    store_sha256: str
+    plan: Plan
+    split: BatchSplit
+    stream: TrainStream
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.config, self.model, self.store_sha256, versions())
+
+
+def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> Job:
+    """Open and check what the run needs, before anything is allocated. `ranks_here`: those of this machine.
+
+    Raises MvarError.
+    """
+    split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
+    tree = ds_config.resolve(config, split)
+    store = CodeStore.open(config.data.store, reader=config.data.reader, stage=config.data.stage)
+    store.require_geometry(config.model.patch_nums, config.model.vocab_size, config.model.latent_channels)
+    labelled = len(store.manifest.classes)
+    classes = config.model.num_classes or labelled
+    if classes < labelled:
+        raise ConfigError(
+            f"model.num_classes {classes}: the code store {config.data.store} has {labelled} classes."
+            " Leave the key out to take the store's number."
+        )
+    model = config.model.model_copy(update={"num_classes": classes})
+    require_room(config, model, tree["zero_optimization"], ranks, ranks_here)
+    if config.tracking.sample_every:
+        check_tokenizer(config, store)
+    return Job(
+        config=config,
+        model=model,
+        store=store,
+        store_sha256=hashlib.sha256((store.folder / MANIFEST).read_bytes()).hexdigest(),
+        plan=Plan.of(config, len(store.split("train"))),
+        split=split,
+        stream=TrainStream(store.split("train"), config.seed, config.global_batch),
+    )
+
+
+def check_tokenizer(config: TrainConfig, store: CodeStore) -> None:
+    path = config.data.tokenizer
+    if path is None:
+        raise ConfigError("tracking.sample_every needs data.tokenizer, the tokenizer that the store was made with.")
+    if not path.is_file():
+        raise TokenizerError(f"data.tokenizer {path}: no such file. Give the tokenizer that the store was made with.")
+    ours, theirs = sha256_of(path), store.manifest.tokenizer.sha256
+    if ours != theirs:
+        raise TokenizerError(
+            f"data.tokenizer {path} (sha256 {ours[:12]}) did not make the code store {store.folder} ({theirs[:12]})."
+            " Its pictures would be noise. Give the one that did, or set tracking.sample_every=0."
+        )
+
+
+def going_on(job: Job, progress: Progress) -> Job:
+    """The job with the plan of a run that has come so far, perhaps with another global batch from here on."""
+    batch = job.config.global_batch
+    stretches = progress.stretches
+    if not stretches or stretches[-1].global_batch != batch:
+        stretches += (Stretch(progress.step, progress.samples, batch),)
+    return replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
+
+
+def versions() -> dict[str, str]:
+    return {
+        "mvar": mvar.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "deepspeed": importlib.metadata.version("deepspeed"),
+    }
+
+
+def summary(job: Job, parameters: int, stage: int) -> str:
+    plan, split, config = job.plan, job.split, job.config
+    return (
+        f"{parameters:,} parameters, {job.model.num_classes} classes,"
+        f" {len(job.store.split('train')):,} training and {len(job.store.split('val')):,} validation images\n"
+        f"  {plan.last_step:,} steps of {split.global_batch} images = {split.ranks} ranks x {split.micro_batch}"
+        f" x {split.accumulation} accumulated; {plan.warmup_steps:,} of {plan.total_steps:,} steps warm up"
+        f" to lr {plan.peak_lr:.3g}\n"
+        f"  ZeRO stage {stage}, {config.engine.precision}, {torch.get_num_threads()} CPU threads a rank;"
+        f" accuracy is per token: 4-6 % is normal with 4,096 words"
+    )
