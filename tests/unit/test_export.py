@@ -20,7 +20,7 @@ from mvar.checkpoint.weights import Weights, load_weights, open_weights
 from mvar.errors import CheckpointError, MvarError
 from mvar.export import GB, main, write_safetensors
 from mvar.model.transformer import MVAR, published_state_dict
-from tests.unit.test_weights import configuration, model_of, write_checkpoint
+from tests.unit.checkpoint.test_weights import configuration, model_of, write_checkpoint
 
 CONFIG = configuration()
 INDEX = "model.safetensors.index.json"

@@ -56,7 +56,7 @@ def test_a_killed_holder_on_this_host_loses_its_claim_at_once(tmp_path):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert holder.stdout.readline() == "True\n"
     assert not Claims(tmp_path).take("a.tar")

@@ -15,7 +15,7 @@ from mvar.plan.room import require_room
 from tests.code_stores import make_store
 from tests.tiny_runs import write_config
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 def test_a_plan_without_a_store_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

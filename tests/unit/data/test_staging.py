@@ -68,7 +68,7 @@ def test_the_processes_of_a_node_share_one_copy(folder, tmp_path):
     url = f"pipe:echo {{file}} >> {calls}; cat {folder}/{{file}}"
     command = [sys.executable, "-c", COPY, url, str(tmp_path / "stage")]
     ranks = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) for _ in range(2)
     ]
     targets = {rank.communicate()[0].strip() for rank in ranks}
     assert [rank.returncode for rank in ranks] == [0, 0]

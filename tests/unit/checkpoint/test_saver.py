@@ -17,7 +17,7 @@ from mvar.checkpoint.record import Progress, Reader, folder_of, steps_in
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError
-from tests.unit.test_checkpoint import ALONE, HandMade, identity, values
+from tests.unit.checkpoint.test_checkpoint import ALONE, HandMade, identity, values
 
 
 class Gate:

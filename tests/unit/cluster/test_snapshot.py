@@ -18,7 +18,7 @@ from mvar.errors import MvarError
 from tests.code_stores import make_store
 from tests.tiny_runs import settings
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
