@@ -28,10 +28,10 @@ from mvar.plan.memory import Setup, model_state
 from mvar.plan.sizes import Sizes
 from mvar.plan.traffic import Traffic, traffic
 from mvar.scales import PATCH_NUMS_256, PATCH_NUMS_512
-from tests.code_stores import make_store
-from tests.distributed import run_ranks
-from tests.engine_bytes import measure
-from tests.tiny_runs import settings
+from mvar.testing.code_stores import make_store
+from mvar.testing.engine_bytes import measure
+from mvar.testing.ranks import run_ranks
+from mvar.testing.tiny_runs import settings
 
 PYRAMIDS = (PATCH_NUMS_256, PATCH_NUMS_512, (*PATCH_NUMS_512, 48))
 WIDTH = 256

@@ -42,9 +42,9 @@ from mvar.plan.flops import flops
 from mvar.plan.memory import Kernels, Setup, memory, saved_for_backward
 from mvar.plan.sizes import Sizes
 from mvar.run import world as launch
+from mvar.testing.engine_bytes import kept_by_autograd
 from mvar.training.engine import parameter_groups
 from mvar.training.objective import Objective
-from tests.engine_bytes import kept_by_autograd
 
 PLAIN_CHUNK = 64
 """Tokens of a chunk in the paper's listing."""

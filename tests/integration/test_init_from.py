@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from mvar.checkpoint.record import Reader, folder_of
-from tests.code_stores import make_store
-from tests.distributed import Ranks
-from tests.tiny_runs import losses, records, template, write_config
+from mvar.testing.code_stores import make_store
+from mvar.testing.ranks import Ranks
+from mvar.testing.tiny_runs import losses, records, template, write_config
 
 
 def run(folder: Path, config: Path, ranks: int, *arguments: str, expected: int = 0) -> str:
     argv = ["--config", str(config), *arguments]
-    job = Ranks("tests.distributed:command", ["mvar.train", argv], ranks, folder / "logs")
+    job = Ranks("mvar.testing.ranks:command", ["mvar.train", argv], ranks, folder / "logs")
     assert job.wait() == [expected] * ranks, job.output()
     return job.output()
 

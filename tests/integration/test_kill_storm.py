@@ -20,9 +20,9 @@ import pytest
 
 from mvar.checkpoint.record import RECORD, folder_of, steps_in, verify
 from mvar.run.history import History
-from tests.code_stores import make_store
-from tests.distributed import Ranks, command
-from tests.tiny_runs import losses, records, write_config
+from mvar.testing.code_stores import make_store
+from mvar.testing.ranks import Ranks, command
+from mvar.testing.tiny_runs import losses, records, write_config
 
 POINTS = ("step", "snapshot", "write", "sync", "commit", "retention", "load", "choose", "metrics")
 

@@ -12,10 +12,10 @@ from mvar.config import TrainConfig
 from mvar.plan.memory import Setup, model_state
 from mvar.plan.sizes import Sizes
 from mvar.plan.traffic import traffic
-from tests.code_stores import make_store
-from tests.distributed import run_ranks
-from tests.engine_bytes import measure
-from tests.tiny_runs import config
+from mvar.testing.code_stores import make_store
+from mvar.testing.engine_bytes import measure
+from mvar.testing.ranks import run_ranks
+from mvar.testing.tiny_runs import config
 
 CASES: tuple[dict[str, tuple[int, str, int, dict[str, Any]]], ...] = (
     # name -> stage, precision, accumulation, more of "zero_optimization"

@@ -14,8 +14,8 @@ import torch
 
 from mvar.cli import main
 from mvar.run.folder import RunFolder
+from mvar.testing.ranks import Ranks
 from mvar.tokenizer.files import sha256_of
-from tests.distributed import Ranks
 from tests.tiny_tokenizers import write_pictures, write_vgg
 
 STEPS = 24
@@ -76,7 +76,7 @@ def words(files: Path, out: Path, *more: str) -> list[str]:
 
 def start(files: Path, out: Path, ranks: int, *more: str) -> Ranks:
     command = ["mvar.train_tokenizer", words(files, out, *more)]
-    return Ranks("tests.distributed:command", command, ranks, out.parent / f"{out.name}-logs")
+    return Ranks("mvar.testing.ranks:command", command, ranks, out.parent / f"{out.name}-logs")
 
 
 def run(files: Path, out: Path, *more: str) -> int:

@@ -19,12 +19,12 @@ from mvar.data.stream import Batch, eval_batches
 from mvar.model.mamba2 import DECAYS
 from mvar.run.folder import RunFolder
 from mvar.run.world import World
+from mvar.testing.code_stores import make_store
+from mvar.testing.ranks import REPOSITORY, Ranks, run_ranks
+from mvar.testing.tiny_runs import config, losses, records, write_config
 from mvar.training.engine import Engine
 from mvar.training.job import Job, prepare
 from mvar.training.objective import Losses, Objective
-from tests.code_stores import make_store
-from tests.distributed import REPOSITORY, Ranks, run_ranks
-from tests.tiny_runs import config, losses, records, write_config
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_apex_that_is_not_installed_is_named(tmp_path: Path, store: Path) -> Non
     if importlib.util.find_spec("apex") is not None:
         pytest.skip("an apex is installed here")
     path = write_config(tmp_path, store, optim__impl="apex")
-    job = Ranks("tests.distributed:command", ["mvar.train", ["--config", str(path)]], 1, tmp_path / "logs")
+    job = Ranks("mvar.testing.ranks:command", ["mvar.train", ["--config", str(path)]], 1, tmp_path / "logs")
     assert job.wait() == [2] and "NVIDIA apex is not installed" in job.output()
 
 
@@ -275,7 +275,7 @@ def test_pictures_and_validation_are_recorded_from_sharded_weights(tmp_path: Pat
         tracking__tensorboard=True,
     )
     job = Ranks(
-        "tests.distributed:command", ["mvar.train", ["--config", str(path), "max_steps=5"]], 2, tmp_path / "logs"
+        "mvar.testing.ranks:command", ["mvar.train", ["--config", str(path), "max_steps=5"]], 2, tmp_path / "logs"
     )
     assert job.wait() == [0, 0], job.output()
     run = RunFolder(tmp_path / "run")

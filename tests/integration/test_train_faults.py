@@ -22,9 +22,9 @@ import pytest
 
 from mvar.checkpoint.record import Record, folder_of, steps_in, verify
 from mvar.run.history import History
-from tests.code_stores import make_store
-from tests.distributed import Ranks, command
-from tests.tiny_runs import losses, records, wait_for_step, write_config
+from mvar.testing.code_stores import make_store
+from mvar.testing.ranks import Ranks, command
+from mvar.testing.tiny_runs import losses, records, wait_for_step, write_config
 
 STEPS = 25
 CANNOT_MOUNT = 77

@@ -18,16 +18,16 @@ from mvar.checkpoint.record import Reader, choose, folder_of, steps_in
 from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
 from mvar.run.world import Place, World
-from tests.code_stores import make_store
-from tests.distributed import Ranks
-from tests.tiny_runs import losses, records, template, wait_for_step, write_config
+from mvar.testing.code_stores import make_store
+from mvar.testing.ranks import Ranks
+from mvar.testing.tiny_runs import losses, records, template, wait_for_step, write_config
 
 STEPS = 25
 
 
 def start(folder: Path, config: Path, ranks: int, *arguments: str) -> Ranks:
     return Ranks(
-        "tests.distributed:command", ["mvar.train", ["--config", str(config), *arguments]], ranks, folder / "logs"
+        "mvar.testing.ranks:command", ["mvar.train", ["--config", str(config), *arguments]], ranks, folder / "logs"
     )
 
 

@@ -27,12 +27,12 @@ from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.randomness import drop_path, label_drop
 from mvar.run.world import World
+from mvar.testing.code_stores import make_store
+from mvar.testing.ranks import run_ranks
+from mvar.testing.tiny_runs import STAGES, config
 from mvar.training.engine import Engine, parameter_groups
 from mvar.training.job import Job, prepare
 from mvar.training.objective import Objective
-from tests.code_stores import make_store
-from tests.distributed import run_ranks
-from tests.tiny_runs import STAGES, config
 
 STEPS, SAVED_AT = 20, 8
 RESOLVE = ds_config.resolve

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.code_stores import make_store
-from tests.distributed import Ranks
+from mvar.testing.code_stores import make_store
+from mvar.testing.ranks import Ranks
+from mvar.testing.tiny_runs import losses, records, write_config
 from tests.slurm.harness import HERE, ROOT, Cluster, explained, steps_done, train_log, until
-from tests.tiny_runs import losses, records, write_config
 
 pytestmark = pytest.mark.slurm
 
@@ -38,7 +38,7 @@ def curve(tmp_path_factory: pytest.TempPathFactory, store: Path) -> list[float]:
     """Losses of an undisturbed run of two ranks, without Slurm."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_config(folder, store, **SETTINGS)
-    job = Ranks("tests.distributed:command", ["mvar.train", ["--config", str(config)]], 2, folder / "logs")
+    job = Ranks("mvar.testing.ranks:command", ["mvar.train", ["--config", str(config)]], 2, folder / "logs")
     assert job.wait() == [0, 0], job.output()
     found = losses(folder / "run")
     assert len(found) == ALL_STEPS

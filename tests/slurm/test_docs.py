@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mvar.testing.tiny_runs import losses, records, write_config
 from tests.slurm.harness import HERE, PATIENCE_S, ROOT, Cluster, explained, steps_done, train_log, until
 from tests.stores import LATENT, PATCH_NUMS, VOCAB, image_folder, tiny_tokenizer
-from tests.tiny_runs import losses, records, write_config
 
 pytestmark = pytest.mark.slurm
 

@@ -15,8 +15,8 @@ import yaml
 from mvar.cluster import snapshot
 from mvar.config import TrainConfig, load
 from mvar.errors import MvarError
-from tests.code_stores import make_store
-from tests.tiny_runs import settings
+from mvar.testing.code_stores import make_store
+from mvar.testing.tiny_runs import settings
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvar.model import precision
 from mvar.model.precision import Linear, product_dtype
 from mvar.model.transformer import MVAR
-from tests.engine_bytes import kept_by_autograd
+from mvar.testing.engine_bytes import kept_by_autograd
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -23,7 +23,7 @@ from mvar.plan.memory import (
     saved_for_backward,
 )
 from mvar.plan.sizes import Sizes
-from tests.engine_bytes import kept_by_autograd
+from mvar.testing.engine_bytes import kept_by_autograd
 
 SMALL = ModelConfig(
     depth=3, width=192, heads=3, patch_nums=(1, 2, 3, 4, 5, 6, 8), vocab_size=256, latent_channels=8, num_classes=10

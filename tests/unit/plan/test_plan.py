@@ -12,8 +12,8 @@ from mvar.ds_config import BatchSplit, resolve
 from mvar.errors import ConfigError
 from mvar.plan.gpus import GPUS, recognise
 from mvar.plan.room import require_room
-from tests.code_stores import make_store
-from tests.tiny_runs import write_config
+from mvar.testing.code_stores import make_store
+from mvar.testing.tiny_runs import write_config
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 

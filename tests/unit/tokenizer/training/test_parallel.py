@@ -7,6 +7,7 @@ import torch
 
 from mvar.errors import ConfigError
 from mvar.run.world import Place, World
+from mvar.testing.ranks import run_ranks
 from mvar.tokenizer.training.parallel import (
     SharedRows,
     hand_round,
@@ -15,7 +16,6 @@ from mvar.tokenizer.training.parallel import (
     require_work_for_all,
     whole_batch,
 )
-from tests.distributed import run_ranks
 from tests.tiny_tokenizers import ALONE, GEOMETRY, train_some, write_vgg
 
 # Small steps: where a rounding error moves a feature across the edge between two words, or across a ReLU's kink, two

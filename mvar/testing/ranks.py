@@ -24,8 +24,8 @@ from typing import Any
 
 from mvar.run.world import choose_accelerator
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-_PRELOAD = ["mvar.train", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "tests.distributed"]
+REPOSITORY = Path(__file__).resolve().parents[2]
+_PRELOAD = ["mvar.train", "deepspeed", "deepspeed.runtime.zero.muon.original_muon", "mvar.testing.ranks"]
 
 
 def free_port() -> int:
@@ -116,7 +116,7 @@ def command(module: str, argv: list[str]) -> int:
 def run_ranks(function: Callable[..., Any], ranks: int, folder: Path, /, **arguments: Any) -> list[Any]:
     """Call `function(world, **arguments)` on every rank; arguments and results pass through JSON."""
     where = f"{function.__module__}:{function.__name__}"
-    job = Ranks("tests.distributed:_worker", [where, str(folder), json.dumps(arguments)], ranks, folder)
+    job = Ranks("mvar.testing.ranks:_worker", [where, str(folder), json.dumps(arguments)], ranks, folder)
     codes = job.wait()
     assert codes == [0] * ranks, f"exit codes {codes}\n{job.output()}"
     return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(ranks)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvar.config import TrainConfig
-from tests.distributed import Ranks
+from mvar.testing.ranks import Ranks
 
 STAGES = (0, 1, 2, 3)
 
