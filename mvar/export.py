@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from mvar.checkpoint.partition import EMA, WEIGHT
-from mvar.checkpoint.published import write_published
-from mvar.checkpoint.record import write_tensors
+from mvar.checkpoint.published import published_state_dict, write_published
+from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import MODEL_KEY, SHARD_INDEX, SINGLE_FILE, Weights, open_weights
 from mvar.cli import run_command
 from mvar.errors import CheckpointError, MvarError
 from mvar.files.disk import sync_folder
-from mvar.model.transformer import MVAR, published_state_dict
+from mvar.model.transformer import MVAR
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GB = 10**9

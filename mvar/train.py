@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.choosing import choose, retain, set_aside_after
+from mvar.checkpoint.record import require_same
 from mvar.checkpoint.saver import Saved, Saver
 from mvar.checkpoint.weights import initial_values
 from mvar.cli import run_command
@@ -193,7 +194,7 @@ class Training(Started):
                 self.tracker.write("not_saved", saved.step, error=saved.error)
                 continue
             if self.world.is_main:
-                checkpoint.retain(folder, last=keep.keep_last, every=keep.keep_every, best=keep.keep_best)
+                retain(folder, last=keep.keep_last, every=keep.keep_every, best=keep.keep_best)
             self.tracker.write("checkpoint", saved.step, seconds=saved.seconds, stall_s=saved.stall_s)
 
     def track(self, done: int, result: StepResult, watch: Stopwatch) -> None:
@@ -276,11 +277,11 @@ def claim(run: RunFolder, config: TrainConfig, world: World) -> AbstractContextM
 def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> tuple[Job, Path | None]:
     """The newest good checkpoint, if it is of this very run, and the job as it goes on from there; None where a run may
     begin. Raises CheckpointError."""
-    found = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
+    found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
     if found is None:
         world.together(lambda: run.require_no_history() if world.is_main else None)
         return job, None
-    record = world.together(lambda: checkpoint.require_same(found, job.identity, change_batch=change_batch))
+    record = world.together(lambda: require_same(found, job.identity, change_batch=change_batch))
     return world.together(lambda: going_on(job, record.progress)), found
 
 
@@ -315,8 +316,8 @@ def beyond_help(bad: DivergedError, config: TrainConfig) -> TrainingError:
 
 def go_back(engine: Engine, run: RunFolder, job: Job, world: World, bad: DivergedError) -> tuple[Job, int]:
     """Take up the last checkpoint from before the bad steps, and skip the data up to their end. Raises MvarError."""
-    world.together(lambda: checkpoint.set_aside_after(run.checkpoints, bad.first) if world.is_main else None)
-    found = checkpoint.choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
+    world.together(lambda: set_aside_after(run.checkpoints, bad.first) if world.is_main else None)
+    found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
     if found is None:
         none = TrainingError(f"{bad}; there is no checkpoint to go back to. Lower optim.base_lr, and run again.")
         world.raise_together(none if world.is_main else None)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mvar.config import ModelConfig
 from mvar.errors import CheckpointError
+from mvar.model.transformer import MVAR
 
 _DERIVED = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.(zero_k_bias|patch_nums))$")
 
@@ -88,3 +89,20 @@ def write_published(path: Path, state: dict[str, Tensor]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def published_state_dict(model: MVAR) -> dict[str, Tensor]:
+    """The model's weights under the published names, with the constants that published files store among them."""
+    lengths = torch.tensor(model.pyramid.lengths)
+    level_L = torch.arange(len(lengths)).repeat_interleave(lengths)
+    outside = level_L.unsqueeze(0) != level_L.unsqueeze(1)
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        state[name] = value
+        if name == "pos_1LC":
+            state["lvl_1L"] = level_L.unsqueeze(0)
+            state["attn_bias_for_masking"] = torch.zeros(1, 1, *outside.shape).masked_fill(outside, -torch.inf)
+        if name.endswith("attn.v_bias"):
+            state[name.replace("v_bias", "zero_k_bias")] = torch.zeros(model.width)
+            state[name.replace("v_bias", "patch_nums")] = lengths.to(torch.int32)
+    return state

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from mvar.checkpoint.partition import Partition
-from mvar.checkpoint.record import Draft, Identity, Progress
+from mvar.checkpoint.record import Identity, Progress
+from mvar.checkpoint.saving import Draft
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError
 from mvar.run.world import RemoteError, World

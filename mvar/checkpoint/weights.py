@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from mvar.checkpoint.choosing import problem_of, verify
+from mvar.checkpoint.loading import Reader
 from mvar.checkpoint.partition import WEIGHT
-from mvar.checkpoint.record import RECORD, Reader, problem_of, verify
+from mvar.checkpoint.record import RECORD
 from mvar.config import ModelConfig
 from mvar.errors import CheckpointError
 from mvar.run.names import folder_of, steps_in

@@ -231,20 +231,3 @@ PUBLISHED_BUFFERS = ("attn_bias_for_masking", "lvl_1L", "attn.zero_k_bias", "att
 def _drop_published_buffers(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [key for key in state if key.startswith(prefix) and key.endswith(PUBLISHED_BUFFERS)]:
         del state[key]
-
-
-def published_state_dict(model: MVAR) -> dict[str, Tensor]:
-    """The model's weights under the published names, with the constants that published files store among them."""
-    lengths = torch.tensor(model.pyramid.lengths)
-    level_L = torch.arange(len(lengths)).repeat_interleave(lengths)
-    outside = level_L.unsqueeze(0) != level_L.unsqueeze(1)
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        state[name] = value
-        if name == "pos_1LC":
-            state["lvl_1L"] = level_L.unsqueeze(0)
-            state["attn_bias_for_masking"] = torch.zeros(1, 1, *outside.shape).masked_fill(outside, -torch.inf)
-        if name.endswith("attn.v_bias"):
-            state[name.replace("v_bias", "zero_k_bias")] = torch.zeros(model.width)
-            state[name.replace("v_bias", "patch_nums")] = lengths.to(torch.int32)
-    return state

@@ -27,10 +27,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mvar.checkpoint.record import remove_leftovers
 from mvar.errors import CheckpointError, TrainingError
 from mvar.run.claims import Claims, claim_path
-from mvar.run.names import CLAIM
+from mvar.run.names import CLAIM, remove_leftovers
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75

@@ -1,8 +1,9 @@
-"""Names of checkpoints in a run folder, for those who look at them with torch and those who do without."""
+"""Names of checkpoints in a run folder, complete and left over, for those who look with torch and those without."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 CLAIM = "run"
@@ -20,3 +21,11 @@ def steps_in(checkpoints: Path) -> list[int]:
         return []
     names = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
     return sorted(int(name[1]) for name in names if name)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Remove what killed processes left half-written or half-removed."""
+    if checkpoints.is_dir():
+        for entry in checkpoints.iterdir():
+            if entry.name.startswith((".tmp-", ".trash-")):
+                shutil.rmtree(entry)

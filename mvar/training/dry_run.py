@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from mvar import ds_config
-from mvar.checkpoint import record as checkpoint
-from mvar.checkpoint.record import Progress
+from mvar.checkpoint.record import Progress, Record
 from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit
 from mvar.errors import ConfigError
@@ -92,7 +91,7 @@ def newest(config: TrainConfig) -> Progress | None:
     """Where the run folder's newest checkpoint stands; it is not verified."""
     folder = RunFolder(config.run).checkpoints
     steps = steps_in(folder)
-    return checkpoint.Record.read(folder_of(folder, steps[-1])).progress if steps else None
+    return Record.read(folder_of(folder, steps[-1])).progress if steps else None
 
 
 def memory_lines(sizes: Sizes, setup: Setup, split: BatchSplit) -> Iterator[str]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvar import ds_config, randomness
-from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.loading import restore
 from mvar.checkpoint.partition import EMA, WEIGHT, Partition, Piece
 from mvar.checkpoint.record import Progress
 from mvar.config import ModelConfig, OptimConfig, TrainConfig
@@ -290,7 +290,7 @@ class Engine:
 
     def restore(self, folder: Path) -> int:
         """Take up weights, moments and loss scale; returns the number of steps done."""
-        progress = checkpoint.restore(folder, self.partition, self.world)
+        progress = restore(folder, self.partition, self.world)
         self._publish_decays()
         self.skipped_steps = progress.skipped_steps
         if self._scaler is not None and progress.loss_scaler is not None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mvar.checkpoint.record import Reader, folder_of
+from mvar.checkpoint.loading import Reader
+from mvar.run.names import folder_of
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import Ranks
 from mvar.testing.tiny_runs import losses, records, template, write_config

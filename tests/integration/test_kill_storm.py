@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -18,8 +19,10 @@ from typing import Any
 
 import pytest
 
-from mvar.checkpoint.record import RECORD, folder_of, steps_in, verify
+from mvar.checkpoint.choosing import verify
+from mvar.checkpoint.record import RECORD
 from mvar.run.history import History
+from mvar.run.names import folder_of, steps_in
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import Ranks, command
 from mvar.testing.tiny_runs import losses, records, write_config
@@ -35,20 +38,21 @@ def run_and_die(config: str, victim: int, point: str, count: int) -> int:
 
 
 def arm(point: str, count: int) -> None:
-    from mvar.checkpoint import record as checkpoint
-    from mvar.checkpoint import saver
+
+    from mvar.checkpoint import choosing, saver, saving, tensors
+    from mvar.checkpoint.loading import Reader
     from mvar.run.tracking import JsonLines
     from mvar.training.engine import Engine
 
     owner, name = {
         "step": (Engine, "_update"),
         "snapshot": (saver.Saver, "_snapshot"),
-        "write": (checkpoint, "_chunks"),
-        "sync": (checkpoint, "sync_folder"),
-        "commit": (checkpoint.os, "rename"),
-        "retention": (checkpoint.shutil, "rmtree"),
-        "load": (checkpoint.Reader, "read"),
-        "choose": (checkpoint, "sha256_of"),
+        "write": (tensors, "_chunks"),
+        "sync": (saving, "sync_folder"),
+        "commit": (os, "rename"),
+        "retention": (shutil, "rmtree"),
+        "load": (Reader, "read"),
+        "choose": (choosing, "sha256_of"),
         "metrics": (JsonLines, "write"),
     }[point]
     original: Callable[..., Any] = getattr(owner, name)
@@ -159,7 +163,7 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors_of(run: Path, kind: str) -> dict[str, bytes]:
-    from mvar.checkpoint.record import Reader
+    from mvar.checkpoint.loading import Reader
 
     checkpoints = run / "checkpoints"
     reader = Reader(folder_of(checkpoints, steps_in(checkpoints)[-1]))

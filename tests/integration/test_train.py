@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mvar.checkpoint.record import Record, folder_of, save
+from mvar.checkpoint.record import Record
+from mvar.checkpoint.saving import save
 from mvar.cli import main as cli
 from mvar.config import TrainConfig
 from mvar.data.stream import Batch, eval_batches
 from mvar.model.mamba2 import DECAYS
 from mvar.run.folder import RunFolder
+from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import REPOSITORY, Ranks, run_ranks

@@ -20,8 +20,10 @@ from typing import Any
 
 import pytest
 
-from mvar.checkpoint.record import Record, folder_of, steps_in, verify
+from mvar.checkpoint.choosing import verify
+from mvar.checkpoint.record import Record
 from mvar.run.history import History
+from mvar.run.names import folder_of, steps_in
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import Ranks, command
 from mvar.testing.tiny_runs import losses, records, wait_for_step, write_config
@@ -198,9 +200,9 @@ def test_a_run_that_cannot_be_helped_ends_with_the_reason(tmp_path: Path, store:
 
 def full_disk_on_one_rank(argv: list[str]) -> int:
     """Rank 1's disk is full when the second checkpoint is written."""
-    from mvar.checkpoint import record as checkpoint
+    from mvar.checkpoint import tensors
 
-    original: Any = checkpoint._chunks
+    original: Any = tensors._chunks
     calls = [0]
 
     def chunks(*arguments: Any) -> Any:
@@ -210,7 +212,7 @@ def full_disk_on_one_rank(argv: list[str]) -> int:
                 raise OSError(errno.ENOSPC, "No space left on device")
             yield chunk
 
-    checkpoint._chunks = chunks
+    tensors._chunks = chunks
     return command("mvar.train", argv)
 
 
@@ -240,7 +242,6 @@ def test_a_save_that_fails_on_one_rank_ends_the_run_only_if_asked_to(
 
 def on_a_small_disk(argv: list[str]) -> int:
     """The run folder is a tmpfs with room for two checkpoints; it is filled up for some time in the middle."""
-    from mvar.checkpoint import record as checkpoint
     from mvar.training.engine import Engine
 
     run = Path(next(word for word in argv if word.startswith("run=")).removeprefix("run="))
@@ -262,7 +263,7 @@ def on_a_small_disk(argv: list[str]) -> int:
 
     Engine._update = update  # type: ignore[method-assign]
     # The free space looks sufficient, and is gone when it is needed.
-    checkpoint.shutil.disk_usage = lambda path: usage(path)._replace(free=2**40)  # type: ignore[assignment]
+    shutil.disk_usage = lambda path: usage(path)._replace(free=2**40)  # type: ignore[assignment]
     code = command("mvar.train", argv)
     shutil.copytree(run, run.with_name("kept"))
     return code

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from mvar.checkpoint.record import Reader, choose, folder_of, steps_in
+from mvar.checkpoint.choosing import choose
+from mvar.checkpoint.loading import Reader
 from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
+from mvar.run.names import folder_of, steps_in
 from mvar.run.world import Place, World
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import Ranks

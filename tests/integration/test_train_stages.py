@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from mvar import ds_config
-from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.loading import Reader
 from mvar.checkpoint.partition import KINDS
-from mvar.checkpoint.record import Reader, save
+from mvar.checkpoint.saving import save
 from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
 from mvar.config import TrainConfig
@@ -26,6 +26,7 @@ from mvar.ds_config import BatchSplit, Tree
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.randomness import drop_path, label_drop
+from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import run_ranks
@@ -71,7 +72,7 @@ def train_stages(world: World, trees: dict[str, dict[str, Any]], folder: str) ->
     for stage, tree in trees.items():
         for label, source in (("same", stage), ("other", OTHER[stage])):
             engine, job = build(world, tree)
-            saved = checkpoint.folder_of(Path(folder) / f"stage{source}", SAVED_AT)
+            saved = folder_of(Path(folder) / f"stage{source}", SAVED_AT)
             assert engine.restore(saved) == SAVED_AT
             save(
                 Path(folder) / f"stage{stage}-from-{label}",
@@ -156,8 +157,8 @@ def test_going_on_in_another_stage_stays_within_rounding(trained: Trained) -> No
 def test_restored_weights_and_moments_are_the_saved_bits(trained: Trained) -> None:
     for stage in STAGES:
         for label, source in (("same", str(stage)), ("other", OTHER[str(stage)])):
-            saved = Reader(checkpoint.folder_of(trained.folder / f"stage{source}", SAVED_AT))
-            again = Reader(checkpoint.folder_of(trained.folder / f"stage{stage}-from-{label}", SAVED_AT))
+            saved = Reader(folder_of(trained.folder / f"stage{source}", SAVED_AT))
+            again = Reader(folder_of(trained.folder / f"stage{stage}-from-{label}", SAVED_AT))
             assert saved.record.progress == again.record.progress
             for name, shape in saved.record.shapes.items():
                 for kind in KINDS:
@@ -175,7 +176,7 @@ def test_every_stage_begins_with_the_same_weights(trained: Trained) -> None:
 def test_a_checkpoint_of_any_stage_is_exported_without_the_ranks_that_wrote_it(
     trained: Trained, tmp_path: Path, stage: int
 ) -> None:
-    folder = checkpoint.folder_of(trained.folder / f"stage{stage}", SAVED_AT)
+    folder = folder_of(trained.folder / f"stage{stage}", SAVED_AT)
     assert mvar(["export", "--weights", str(folder), "--out", str(tmp_path / "model.safetensors")]) == 0
     saved = Reader(folder)
     _, exported = load_weights(tmp_path / "model.safetensors")

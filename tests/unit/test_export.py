@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvar.checkpoint import record as checkpoint
 from mvar.checkpoint.partition import KINDS
-from mvar.checkpoint.record import folder_of
+from mvar.checkpoint.published import published_state_dict
 from mvar.checkpoint.weights import Weights, load_weights, open_weights
 from mvar.errors import CheckpointError, MvarError
 from mvar.export import GB, main, write_safetensors
-from mvar.model.transformer import MVAR, published_state_dict
+from mvar.model.transformer import MVAR
+from mvar.run.names import folder_of
 from tests.unit.checkpoint.test_weights import configuration, model_of, write_checkpoint
 
 CONFIG = configuration()
@@ -133,7 +133,7 @@ def test_a_failure_leaves_what_was_there(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     for place in places:
         with pytest.raises(CheckpointError, match="No space left on device"):
             main(["--weights", str(run), "--out", str(tmp_path / place), *layouts.get(place, [])])

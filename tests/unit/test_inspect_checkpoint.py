@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from mvar.checkpoint.partition import KINDS
-from mvar.checkpoint.record import folder_of
 from mvar.errors import CheckpointError
 from mvar.inspect_checkpoint import inspect, main, show
+from mvar.run.names import folder_of
 from mvar.testing.code_stores import make_store
 from tests.unit.checkpoint.test_weights import configuration, model_of, write_checkpoint
 

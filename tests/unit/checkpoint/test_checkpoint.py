@@ -13,24 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint import saving
+from mvar.checkpoint.choosing import choose, retain, verify
+from mvar.checkpoint.loading import Reader
 from mvar.checkpoint.partition import KINDS, Piece
-from mvar.checkpoint.record import (
-    Identity,
-    Progress,
-    Reader,
-    Record,
-    choose,
-    differences,
-    folder_of,
-    retain,
-    save,
-    steps_in,
-    verify,
-)
+from mvar.checkpoint.record import FORMAT_VERSION, Identity, Progress, Record, differences, key_of
+from mvar.checkpoint.saving import Part, save
+from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
+from mvar.run.names import folder_of, steps_in
 from mvar.run.world import Place, World
 from tests.exports import save_weights
 
@@ -97,14 +90,14 @@ def test_pieces_of_many_ranks_are_read_across_their_borders(tmp_path: Path) -> N
     parts = []
     for rank in range(4):
         partition = HandMade(values(7), rank, 4)
-        layout = [(checkpoint._key(piece.name, kind), (piece.count,)) for piece, kind in partition.layout()]
+        layout = [(key_of(piece.name, kind), (piece.count,)) for piece, kind in partition.layout()]
         name = f"rank-{rank:05d}.safetensors"
-        record = checkpoint.write_tensors(tmp_path / name, layout, (v for *_, v in partition.blocks()), {})
-        parts.append(checkpoint.Part(name, record, partition.owned))
+        record = write_tensors(tmp_path / name, layout, (v for *_, v in partition.blocks()), {})
+        parts.append(Part(name, record, partition.owned))
     one: Any = HandMade(values(7))
     template = Record.read(save(tmp_path / "one", one, ALONE, Progress(1), identity()))
     many = template.model_copy(
-        update={"pieces": checkpoint._merge(parts), "files": {part.file: part.record for part in parts}}
+        update={"pieces": saving._merge(parts), "files": {part.file: part.record for part in parts}}
     )
     (tmp_path / "checkpoint.json").write_text(many.text())
     verify(tmp_path)
@@ -165,7 +158,7 @@ def test_trusting_sizes_skips_reading_but_not_sizes(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
     path = saved(tmp_path, 1) / "checkpoint.json"
-    tree = json.loads(path.read_text()) | {"format_version": checkpoint.FORMAT_VERSION + 1}
+    tree = json.loads(path.read_text()) | {"format_version": FORMAT_VERSION + 1}
     path.write_text(json.dumps(tree))
     with pytest.raises(CheckpointError, match="Update it"):
         verify(path.parent)
@@ -177,7 +170,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_synced", full)
+    monkeypatch.setattr(saving, "_write_synced", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         saved(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
@@ -271,6 +264,6 @@ def test_places_without_weights_say_so(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         load_weights(tmp_path, step=3)
-    checkpoint.write_tensors(tmp_path / "other.safetensors", [("x", (1,))], [torch.zeros(1)], {})
+    write_tensors(tmp_path / "other.safetensors", [("x", (1,))], [torch.zeros(1)], {})
     with pytest.raises(CheckpointError, match=r"mvar\.model"):
         load_weights(tmp_path / "other.safetensors")

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvar.checkpoint.published import read_published, write_published
+from mvar.checkpoint.published import published_state_dict, read_published, write_published
 from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig
 from mvar.errors import CheckpointError
 from mvar.export import main as export
 from mvar.model.init import init_weights_
-from mvar.model.transformer import MVAR, published_state_dict
+from mvar.model.transformer import MVAR
 from tests.exports import save_weights
 from tests.golden import golden
 

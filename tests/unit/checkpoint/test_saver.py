@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from mvar.checkpoint import record as checkpoint
-from mvar.checkpoint import saver
-from mvar.checkpoint.record import Progress, Reader, folder_of, steps_in
+from mvar.checkpoint import saver, tensors
+from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.record import Progress
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError
+from mvar.run.names import folder_of, steps_in
 from tests.unit.checkpoint.test_checkpoint import ALONE, HandMade, identity, values
 
 
@@ -25,14 +26,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.writing = threading.Event(), threading.Event()
-        original: Any = checkpoint._chunks
+        original: Any = tensors._chunks
 
         def chunks(*arguments: Any) -> Iterator[Any]:
             self.writing.set()
             self.open.wait()
             yield from original(*arguments)
 
-        monkeypatch.setattr(checkpoint, "_chunks", chunks)
+        monkeypatch.setattr(tensors, "_chunks", chunks)
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_writer_that_fails_in_the_background_raises_when_it_is_settled(
         raise OSError(5, "Input/output error")
         yield
 
-    monkeypatch.setattr(checkpoint, "_chunks", chunks)
+    monkeypatch.setattr(tensors, "_chunks", chunks)
     saving = make(tmp_path, values(1))
     saving.save(Progress(1))
     with pytest.raises(CheckpointError, match="Input/output error"):

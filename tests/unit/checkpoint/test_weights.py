@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar.checkpoint import record as checkpoint
+from mvar.checkpoint.loading import Reader
 from mvar.checkpoint.partition import KINDS
-from mvar.checkpoint.published import write_published
-from mvar.checkpoint.record import Progress, Reader, Record, folder_of
+from mvar.checkpoint.published import published_state_dict, write_published
+from mvar.checkpoint.record import RECORD, Progress, Record
+from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import fitted, initial_values, load_weights, open_weights
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
 from mvar.model.init import init_weights_
-from mvar.model.transformer import MVAR, published_state_dict
+from mvar.model.transformer import MVAR
+from mvar.run.names import folder_of
 from mvar.scales import PATCH_NUMS_256, PATCH_NUMS_512, ScalePyramid
 from tests.exports import save_weights
 
@@ -56,7 +58,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, kinds: dict[str, MVAR], 
                     layout.append((f"{kind}/{parameter}", (stop - start,)))
                     values.append(flat[start:stop])
                     pieces.setdefault(parameter, {})[name] = (name, start, stop)
-        files[name] = checkpoint.write_tensors(folder / name, layout, values, {})
+        files[name] = write_tensors(folder / name, layout, values, {})
     record = Record(
         format_version=1,
         progress=Progress(7, 56, 7),
@@ -71,7 +73,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, kinds: dict[str, MVAR], 
         files=files,
         versions={"torch": "2"},
     )
-    (folder / checkpoint.RECORD).write_text(record.text())
+    (folder / RECORD).write_text(record.text())
     return folder
 
 

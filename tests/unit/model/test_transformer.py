@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mvar.checkpoint.published import published_state_dict
 from mvar.config import ModelConfig
 from mvar.errors import BackendError, ConfigError
 from mvar.model.init import init_weights_
 from mvar.model.kernels import mamba_ssm as mamba_kernels
-from mvar.model.transformer import MVAR, DecodeState, drop_path_rates, published_state_dict
+from mvar.model.transformer import MVAR, DecodeState, drop_path_rates
 from mvar.scales import PATCH_NUMS_512
 from tests.golden import golden, golden_json
 

@@ -1,0 +1,157 @@
+"""Writing a checkpoint: every rank its part under a temporary name, then the name that says it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mvar import config as configs
+from mvar.checkpoint.partition import WEIGHT, Partition, Piece
+from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, Identity, Progress, Record, key_of
+from mvar.checkpoint.tensors import FileRecord, write_tensors
+from mvar.errors import CheckpointError
+from mvar.files.disk import discard_folder, sync_folder
+from mvar.run.names import folder_of
+from mvar.run.world import World
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank wrote."""
+
+    file: str
+    record: FileRecord
+    pieces: list[Piece]
+
+
+class Draft:
+    """A checkpoint that is being made. It exists only after `commit`.
+
+    `begin`, `commit` and `abandon` are called by all ranks together; if one fails, all raise. `write` is each rank's
+    own affair, in whatever thread.
+    """
+
+    def __init__(
+        self, checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity
+    ) -> None:
+        self._partition, self._world, self._progress, self._identity = partition, world, progress, identity
+        self.final = folder_of(checkpoints, progress.step)
+        self._temporary = checkpoints / f".tmp-{self.final.name}"
+        self._written: Part | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, sync_records: Callable[[], None] = lambda: None) -> None:
+        """Make the temporary folder, if there is room for the checkpoint. Raises CheckpointError.
+
+        `sync_records`: called on rank 0 before anything else, for what must not be older on disk than the checkpoint.
+        """
+        self._world.raise_together(_attempt(lambda: self._prepare(sync_records)) if self._world.is_main else None)
+
+    def _prepare(self, sync_records: Callable[[], None]) -> None:
+        sync_records()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        needed = self._partition.bytes_of_all
+        free = shutil.disk_usage(self._temporary).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self._temporary.parent}: a checkpoint takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are"
+                " free. Free space; run again."
+            )
+
+    def write(self, values: Iterable[Tensor]) -> None:
+        """Write this rank's part: `values` in the order of the partition's layout. `commit` tells of errors."""
+        self._error = _attempt(lambda: self._write(values))
+
+    def _write(self, values: Iterable[Tensor]) -> None:
+        name = f"rank-{self._world.rank:05d}.safetensors"
+        layout = self._partition.layout()
+        shapes: list[tuple[str, tuple[int, ...]]] = [(key_of(p.name, kind), (p.count,)) for p, kind in layout]
+        record = write_tensors(self._temporary / name, shapes, values, {"step": str(self._progress.step)})
+        self._written = Part(name, record, [piece for piece, kind in layout if kind == WEIGHT])
+
+    def commit(self) -> Path:
+        """Give the folder its name, once every rank has written. Raises CheckpointError."""
+        self._world.raise_together(self._error)
+        assert self._written is not None
+        parts = self._world.gather(self._written)
+        self._world.raise_together(_attempt(lambda: self._publish(parts)) if self._world.is_main else None)
+        return self.final
+
+    def _publish(self, parts: list[Part]) -> None:
+        files = {part.file: part.record for part in parts}
+        files[CONFIG] = _write_synced(self._temporary / CONFIG, configs.dump(self._identity.config))
+        record = Record(
+            format_version=FORMAT_VERSION,
+            progress=self._progress,
+            config=self._identity.config.model_dump(mode="json"),
+            model=self._identity.model.model_dump(mode="json"),
+            store=self._identity.store,
+            world_size=self._world.size,
+            zero_stage=self._partition.stage,
+            kinds=self._partition.kinds,
+            shapes=self._partition.shapes,
+            pieces=_merge(parts),
+            files=files,
+            versions=self._identity.versions,
+        )
+        _write_synced(self._temporary / RECORD, record.text())
+        sync_folder(self._temporary)
+        if self.final.exists():  # Saved before, damaged since, and therefore passed over when this run started.
+            discard_folder(self.final)
+        os.rename(self._temporary, self.final)
+        sync_folder(self.final.parent)
+
+    def abandon(self) -> None:
+        if self._world.is_main:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def save(checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity) -> Path:
+    """Write the checkpoint of `progress.step`; all ranks together. Returns its folder.
+
+    If any rank fails, all raise, and nothing but complete checkpoints remains.
+    """
+    draft = Draft(checkpoints, partition, world, progress, identity)
+    try:
+        draft.begin()
+        draft.write(values for _, _, values in partition.blocks())
+        return draft.commit()
+    except BaseException:
+        draft.abandon()
+        raise
+
+
+def _attempt(action: Any) -> BaseException | None:
+    """Run `action`; the error, if any, instead of raising it. A full disk becomes a CheckpointError."""
+    try:
+        action()
+    except OSError as error:
+        return CheckpointError(f"checkpoint cannot be written: {error}. Free space or move the run folder; run again.")
+    except Exception as error:
+        return error
+    return None
+
+
+def _merge(parts: list[Part]) -> dict[str, list[tuple[str, int, int]]]:
+    merged: dict[str, list[tuple[str, int, int]]] = {}
+    for part in parts:
+        for piece in part.pieces:
+            merged.setdefault(piece.name, []).append((part.file, piece.start, piece.stop))
+    return {name: sorted(spans, key=lambda span: span[1]) for name, spans in merged.items()}
+
+
+def _write_synced(path: Path, text: str) -> FileRecord:
+    data = text.encode()
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
