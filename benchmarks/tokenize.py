@@ -32,10 +32,10 @@ from benchmarks.harness import Report, parser, seconds_of, spread
 from data_prep.calibrate import Calibration
 from data_prep.job import Job, TokenizeConfig
 from data_prep.tokenize import tokenize
-from mvar.config import load
 from mvar.images.arrays import from_uint8
 from mvar.images.sources import ImageFolder
 from mvar.images.views import ViewPlan
+from mvar.settings import load
 from mvar.tokenizer.files import load_tokenizer, save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 

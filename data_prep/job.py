@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mvar.config import Fraction, Section
 from mvar.data.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
@@ -20,6 +19,7 @@ from mvar.images.layouts import Kind, open_images
 from mvar.images.pixels import Background
 from mvar.images.sources import Source
 from mvar.images.views import RESIZE, HFlip, ViewPlan
+from mvar.settings import Fraction, Section
 from mvar.tokenizer.files import save_quantizer
 from mvar.tokenizer.vqvae import VQVAE
 

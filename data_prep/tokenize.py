@@ -28,7 +28,6 @@ from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, open_source, 
 from data_prep.progress import Progress, clock
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
 from mvar.cli import run_command
-from mvar.config import describe, load
 from mvar.data.store import Quarantined
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import remove_stale
@@ -38,6 +37,7 @@ from mvar.images.views import ViewPlan
 from mvar.randomness import permuted
 from mvar.run.claims import Claims
 from mvar.run.world import cores
+from mvar.settings import describe, load
 
 POLL_S = 2.0
 """How often a task that has nothing to claim looks whether another one died."""

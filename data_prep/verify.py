@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from data_prep.job import TokenizeConfig
 from data_prep.origin import Origin
 from mvar.cli import run_command
-from mvar.config import load
 from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, CodeStore, ShardInfo, Split, check_file
 from mvar.errors import MvarError, StoreError
 from mvar.files.disk import sha256_of
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
 from mvar.randomness import permuted
+from mvar.settings import load
 from mvar.tokenizer.files import load_tokenizer
 
 

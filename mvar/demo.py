@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from mvar.cli import run_command
-from mvar.config import TrainConfig, load
+from mvar.config import TrainConfig
 from mvar.errors import MvarError
 from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_uint8
 from mvar.images.pixels import read_rgb
@@ -33,6 +33,7 @@ from mvar.images.sources import ImageFolder
 from mvar.images.views import centre_view
 from mvar.report import draw_curves, read_metrics
 from mvar.schedule import Plan
+from mvar.settings import load
 from mvar.tokenizer.files import load_tokenizer
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

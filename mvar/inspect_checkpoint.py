@@ -22,11 +22,12 @@ from typing import Any
 
 from mvar.checkpoint.record import RECORD, Identity, Record, differences
 from mvar.cli import run_command
-from mvar.config import ModelConfig, TrainConfig, load
+from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
 from mvar.files.disk import sha256_of
 from mvar.files.remote import is_url
 from mvar.run.names import folder_of, steps_in
+from mvar.settings import load
 from mvar.status import duration
 
 EXIT_UNUSABLE = 1

@@ -27,7 +27,7 @@ from mvar.checkpoint.record import require_same
 from mvar.checkpoint.saver import Saved, Saver
 from mvar.checkpoint.weights import initial_values
 from mvar.cli import run_command
-from mvar.config import TrainConfig, describe, dump, load
+from mvar.config import TrainConfig
 from mvar.data.stream import Batch, Feed, eval_batches
 from mvar.errors import ConfigError, MvarError, TrainingError
 from mvar.images.arrays import grid, save_png, to_uint8
@@ -38,6 +38,7 @@ from mvar.run.tracking import Stopwatch, Tracker, memory_gib
 from mvar.run.world import World
 from mvar.sampling.sampler import generate
 from mvar.schedule import Plan, Stretch
+from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import load_tokenizer
 from mvar.training.engine import Averages, Engine, StepResult
 from mvar.training.job import Job, going_on, prepare, summary

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from mvar.cli import run_command
-from mvar.config import TrackingConfig, describe, dump, load
+from mvar.config import TrackingConfig
 from mvar.data.stream import Feed
 from mvar.errors import CheckpointError, MvarError
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
@@ -36,6 +36,7 @@ from mvar.run import world as launch
 from mvar.run.folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
 from mvar.run.world import World
+from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of, write_atomically
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
 from mvar.tokenizer.training.console import Console

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mvar import config as configs
 from mvar.checkpoint.partition import WEIGHT, Partition, Piece
 from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, Identity, Progress, Record, key_of
 from mvar.checkpoint.tensors import FileRecord, write_tensors
@@ -20,6 +19,7 @@ from mvar.errors import CheckpointError
 from mvar.files.disk import discard_folder, sync_folder
 from mvar.run.names import folder_of
 from mvar.run.world import World
+from mvar.settings import dump
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Draft:
 
     def _publish(self, parts: list[Part]) -> None:
         files = {part.file: part.record for part in parts}
-        files[CONFIG] = _write_synced(self._temporary / CONFIG, configs.dump(self._identity.config))
+        files[CONFIG] = _write_synced(self._temporary / CONFIG, dump(self._identity.config))
         record = Record(
             format_version=FORMAT_VERSION,
             progress=self._progress,

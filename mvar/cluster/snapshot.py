@@ -35,13 +35,13 @@ from typing import Any
 
 import yaml
 
-from mvar import config as configs
 from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.ds_config import find_template
 from mvar.errors import MvarError
 from mvar.files.disk import sha256_of, sync_folder, tree_digest
 from mvar.files.remote import is_url
+from mvar.settings import S, dump, load
 
 SOURCE = Path(__file__).resolve().parents[2]
 """The checkout (or the folder of installed packages) that this very code is read from."""
@@ -67,7 +67,7 @@ def take(run: Path, config: TrainConfig, *, replace: bool = False) -> Path:
         for path in code_files(SOURCE):
             _write(temporary / CODE / path, (SOURCE / path).read_bytes())
         _write(temporary / TEMPLATE, find_template(config.engine.ds_config).read_bytes())
-        _write(temporary / CONFIG, configs.dump(_pinned(config, run)).encode())
+        _write(temporary / CONFIG, dump(_pinned(config, run)).encode())
         aside = _next_number(run)
         record = _describe(temporary, run, replaces=aside.name if replace else None)
         _write(temporary / RECORD, json.dumps(record | {"sha256": tree_digest(record)}, indent=1).encode())
@@ -131,7 +131,7 @@ def drift(run: Path, record: Mapping[str, Any], config: TrainConfig | None) -> l
         run = Path(os.path.abspath(run))
         # As plain trees: what was kept need not be valid for this code.
         kept = _flat(yaml.safe_load((run / NAME / CONFIG).read_text(encoding="utf-8")))
-        given = _flat(yaml.safe_load(configs.dump(_pinned(config, run))))
+        given = _flat(yaml.safe_load(dump(_pinned(config, run))))
         found += [
             f"{key}: {kept.get(key)} in the snapshot, {value} given"
             for key, value in given.items()
@@ -151,7 +151,7 @@ def _pinned(config: TrainConfig, run: Path) -> TrainConfig:
     return _absolute(config).model_copy(update={"run": run, "engine": engine, "data": data})
 
 
-def _absolute(section: configs.S) -> configs.S:
+def _absolute(section: S) -> S:
     paths = {name: value for name, value in section if isinstance(value, Path)}
     return section.model_copy(update={name: Path(os.path.abspath(path)) for name, path in paths.items()})
 
@@ -234,7 +234,7 @@ def _remove_leftovers(run: Path) -> None:
 
 
 def _load(path: Path, overrides: Sequence[str], run: Path) -> TrainConfig:
-    return configs.load(TrainConfig, path, [*overrides, f"run={json.dumps(str(run))}"])
+    return load(TrainConfig, path, [*overrides, f"run={json.dumps(str(run))}"])
 
 
 def _differences(args: argparse.Namespace) -> list[str]:

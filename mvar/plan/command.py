@@ -15,12 +15,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from mvar.config import DataConfig, TrainConfig, load
+from mvar.config import DataConfig, TrainConfig
 from mvar.errors import ConfigError
 from mvar.files.disk import write_file
 from mvar.plan import draw
 from mvar.plan.gpus import GPUS, Gpu, find_gpu
 from mvar.plan.study import Assumptions, Study
+from mvar.settings import load
 
 
 class PlannedData(DataConfig):

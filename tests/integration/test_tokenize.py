@@ -24,13 +24,13 @@ from data_prep.origin import Origin
 from data_prep.tokenize import tokenize
 from data_prep.verify import contact_sheet, some_samples, verify
 from mvar.cli import main as mvar
-from mvar.config import load
 from mvar.data.store import MANIFEST, CodeStore
 from mvar.errors import BackendError, ConfigError, ImageError, StoreError
 from mvar.files.disk import remove_stale, writing
 from mvar.images.arrays import from_uint8
 from mvar.images.sources import ImageFolder
 from mvar.images.views import ViewPlan
+from mvar.settings import load
 from tests.stores import SIZE_PX, image_folder, synthetic_store, tiny_tokenizer, tiny_vqvae
 
 OPTIONS = ("shard_samples=4", "batch=5", "val_fraction=0.2", "views.random_crops=2", "views.hflip=both", "threads=1")

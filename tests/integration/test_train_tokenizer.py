@@ -191,7 +191,7 @@ def test_help_lists_the_keys(capsys):
 
 @pytest.mark.parametrize("recipe", ["tokenizer_32", "tokenizer_64", "tokenizer_256"])
 def test_recipes_are_valid_and_of_the_size_they_name(recipe):
-    from mvar.config import load
+    from mvar.settings import load
     from mvar.tokenizer.training.config import TokenizerTrainConfig
 
     path = Path(__file__).resolve().parents[2] / "recipes" / f"{recipe}.yaml"

@@ -15,7 +15,7 @@ from data_prep.finalize import finalize
 from data_prep.job import TokenizeConfig
 from data_prep.tokenize import tokenize
 from data_prep.verify import verify
-from mvar.config import load
+from mvar.settings import load
 from mvar.testing.tiny_runs import losses, write_config
 from tests.slurm.harness import ROOT, Cluster, train_log, until
 from tests.stores import LATENT, PATCH_NUMS, SIZE_PX, VOCAB, image_folder, tiny_tokenizer

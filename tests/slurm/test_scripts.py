@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mvar.config import TrainConfig, load
+from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit
+from mvar.settings import load
 from tests.slurm.harness import ROOT, Cluster
 
 pytestmark = pytest.mark.slurm

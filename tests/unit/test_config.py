@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mvar.config import ModelConfig, TrainConfig, check, describe, dump, load
+from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import ConfigError
+from mvar.settings import check, describe, dump, load
 
 NEEDED = ["run=runs/x", "data.store=codes"]
 

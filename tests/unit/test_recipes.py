@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from mvar.config import TrainConfig, load
+from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit, resolve
 from mvar.schedule import Plan
+from mvar.settings import load
 from mvar.training.engine import build_model
 from tests.golden import golden_json
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mvar.config import Fraction, Section
 from mvar.errors import MvarError
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
+from mvar.settings import Fraction, Section
 
 SMALLEST_SEEN = 16
 """Pixels of a side that VGG-16's four halvings leave one of."""

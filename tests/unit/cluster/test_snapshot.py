@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from mvar.cluster import snapshot
-from mvar.config import TrainConfig, load
+from mvar.config import TrainConfig
 from mvar.errors import MvarError
+from mvar.settings import load
 from mvar.testing.code_stores import make_store
 from mvar.testing.tiny_runs import settings
 

@@ -12,11 +12,11 @@ from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig
 from data_prep.tokenize import tokenize
-from mvar.config import load
 from mvar.data.store import CodeStore
 from mvar.errors import BackendError, ConfigError, ImageError
 from mvar.images.arrays import from_uint8
 from mvar.scales import ScalePyramid
+from mvar.settings import load
 from mvar.tokenizer.vqvae import VQVAE
 from tests.stores import PATCH_NUMS, SIZE_PX, TOKENS, VOCAB, image_folder, tiny_tokenizer, tiny_vqvae
 

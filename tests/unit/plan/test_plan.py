@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from mvar.cli import main
-from mvar.config import TrainConfig, load
+from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit, resolve
 from mvar.errors import ConfigError
 from mvar.plan.gpus import GPUS, recognise
 from mvar.plan.room import require_room
+from mvar.settings import load
 from mvar.testing.code_stores import make_store
 from mvar.testing.tiny_runs import write_config
 
