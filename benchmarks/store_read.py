@@ -21,22 +21,18 @@ import webdataset
 
 from benchmarks.harness import Report, parser, seconds_of, side_by_side, spread
 from data_prep.shards import ShardWriter
-from mvar.data.store import (
+from mvar.data.manifest import (
     INDEX,
     MANIFEST,
     QUANTIZER,
-    TAR_BLOCK,
-    CodeStore,
     FileInfo,
-    IndexTable,
     Manifest,
     ShardInfo,
     SourceInfo,
     SplitInfo,
     TokenizerInfo,
-    codes_header,
-    write_index,
 )
+from mvar.data.store import TAR_BLOCK, CodeStore, IndexTable, codes_header, write_index
 from mvar.data.stream import TrainStream
 from mvar.scales import PATCH_NUMS_256
 

@@ -20,19 +20,8 @@ from data_prep.calibrate import Calibration
 from data_prep.job import LAST_RUN, Job, LastRun, ShardPlan, array_list
 from data_prep.shards import is_complete, read_record, read_shard
 from mvar.cli import run_command
-from mvar.data.store import (
-    INDEX,
-    MANIFEST,
-    CodeStore,
-    FileInfo,
-    IndexTable,
-    Manifest,
-    Quarantined,
-    ShardInfo,
-    SplitInfo,
-    check_file,
-    write_index,
-)
+from mvar.data.manifest import INDEX, MANIFEST, FileInfo, Manifest, Quarantined, ShardInfo, SplitInfo, check_file
+from mvar.data.store import CodeStore, IndexTable, write_index
 from mvar.errors import StoreError
 from mvar.files.disk import remove_stale, write_file
 from mvar.run.claims import remove_claims

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mvar.data.store import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
+from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
 from mvar.images.layouts import Kind, open_images

@@ -18,7 +18,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, Quarantined, ShardInfo, codes_header
+from mvar.data.manifest import Quarantined, ShardInfo
+from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, codes_header
 from mvar.errors import StoreError
 from mvar.files.disk import sha256_of, write_file, writing
 

@@ -28,7 +28,7 @@ from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, open_source, 
 from data_prep.progress import Progress, clock
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
 from mvar.cli import run_command
-from mvar.data.store import Quarantined
+from mvar.data.manifest import Quarantined
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import remove_stale
 from mvar.images.pixels import DamagedImageError

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from data_prep.job import TokenizeConfig
 from data_prep.origin import Origin
 from mvar.cli import run_command
-from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, CodeStore, ShardInfo, Split, check_file
+from mvar.data.manifest import ShardInfo, check_file
+from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, CodeStore, Split
 from mvar.errors import MvarError, StoreError
 from mvar.files.disk import sha256_of
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8

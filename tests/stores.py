@@ -10,7 +10,7 @@ from PIL import Image
 from data_prep.finalize import finalize
 from data_prep.job import Job, SplitPlan, pin, quantizer_bytes
 from data_prep.shards import shard_writer
-from mvar.data.store import QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
+from mvar.data.manifest import QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.tokenizer.files import save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 

@@ -7,14 +7,11 @@ import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mvar.data.manifest import MANIFEST, FileInfo, Manifest
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, remove_stale, write_file
 from mvar.files.remote import fetch, is_url, read
-
-if TYPE_CHECKING:
-    from mvar.data.store import FileInfo
 
 COPIES_AT_ONCE = 4
 
@@ -27,8 +24,6 @@ def stage(store: str | Path, folder: Path) -> Path:
     another place. Any number of processes may call this at once: one copies, the others wait. Every file arrives whole
     and with its digest; a copy that was interrupted is carried on. Raises StoreError.
     """
-    from mvar.data.store import MANIFEST, Manifest
-
     if not is_url(str(store)):
         Manifest.read(Path(store))  # Says what is wrong with it and what to do.
     data = read(file_url(store, MANIFEST))

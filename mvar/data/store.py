@@ -14,13 +14,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import json
 import mmap
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import pydantic
@@ -28,20 +26,12 @@ import torch
 from numpy.typing import NDArray
 
 from mvar.data import staging
+from mvar.data.manifest import INDEX, QUANTIZER, Manifest, SplitInfo, check_file
 from mvar.errors import StoreError
-from mvar.files.disk import sha256_of
 from mvar.files.remote import is_url
-from mvar.scales import ScalePyramid
+from mvar.tokenizer.files import load_quantizer
+from mvar.tokenizer.quantizer import Quantizer
 
-if TYPE_CHECKING:
-    from mvar.tokenizer.quantizer import Quantizer
-
-FORMAT = "mvar-code-store"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-INDEX = "index.npz"
-QUANTIZER = "quantizer.safetensors"
-JOB = "job.json"
 CODES_SUFFIX = ".codes.npy"
 LABEL_SUFFIX = ".cls"
 TAR_BLOCK = 512
@@ -49,113 +39,6 @@ TAR_BLOCK = 512
 I64 = NDArray[np.int64]
 U16 = NDArray[np.uint16]
 ReaderKind = Literal["mmap", "ram", "staged"]
-
-
-class _Record(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, protected_namespaces=())
-
-
-class FileInfo(_Record):
-    """A file of the store, as it has to be. Its name is a plain one: copies are written, and commands run, with it."""
-
-    name: Annotated[str, pydantic.Field(pattern=r"^\w[\w.-]*$")]
-    bytes: int
-    sha256: str
-
-
-class ShardInfo(FileInfo):
-    samples: int
-
-
-class Quarantined(_Record):
-    """An image that is left out of its shard, because it is damaged."""
-
-    key: str
-    reason: str
-
-
-class SplitInfo(_Record):
-    samples: int
-    views: tuple[str, ...]
-    shards: tuple[ShardInfo, ...]
-    quarantine: tuple[Quarantined, ...] = ()
-
-
-class TokenizerInfo(_Record):
-    """The tokenizer that made the codes: digest of its file, and what `VQVAE(**geometry)` needs."""
-
-    sha256: str
-    geometry: dict[str, Any]
-
-
-class SourceInfo(_Record):
-    """What was tokenized: kind of source, and the fingerprint of its listing."""
-
-    kind: str
-    images: int
-    bytes: int
-    sha256: str
-
-
-class Manifest(_Record):
-    """Everything a reader has to know. Unknown keys are ignored, so that a later minor addition does no harm."""
-
-    format: Literal["mvar-code-store"] = "mvar-code-store"
-    format_version: int = FORMAT_VERSION
-    patch_nums: tuple[int, ...]
-    vocab_size: int
-    latent_channels: int
-    classes: tuple[str, ...]
-    tokenizer: TokenizerInfo
-    source: SourceInfo
-    transform: dict[str, Any]
-    encoding: dict[str, Any]
-    statistics: dict[str, Any]
-    job_sha256: str
-    index: FileInfo
-    quantizer: FileInfo
-    splits: dict[str, SplitInfo]
-
-    @property
-    def tokens(self) -> int:
-        """L: tokens of one view."""
-        return ScalePyramid(self.patch_nums).total
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """The manifest of the store in `folder`. Raises StoreError: missing, damaged, of another version."""
-        try:
-            data = (folder / MANIFEST).read_bytes()
-        except OSError as error:
-            raise StoreError(_explain_missing(folder, error)) from None
-        return cls.parse(data, str(folder))
-
-    @classmethod
-    def parse(cls, data: bytes, folder: str) -> Manifest:
-        """A manifest from its file's bytes; `folder` is named in the StoreError."""
-        path = f"{folder}/{MANIFEST}"
-        try:
-            tree = json.loads(data)
-        except ValueError as error:
-            raise StoreError(f"{path}: not valid JSON ({error}). Write it again: mvar finalize {folder}") from None
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            raise StoreError(f"{path}: not the manifest of a code store. Point to a folder made by `mvar tokenize`.")
-        if tree.get("format_version") != FORMAT_VERSION:
-            raise StoreError(
-                f"{path}: format version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
-                "Use the version of mvar that wrote the store, or tokenize again."
-            )
-        try:
-            return cls.model_validate(tree)
-        except pydantic.ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise StoreError(
-                f"{path}: damaged at {where} ({problem['msg']}). Write it again: mvar finalize {folder}"
-            ) from None
-
-    def to_json(self) -> bytes:
-        return (self.model_dump_json(indent=1) + "\n").encode()
 
 
 class CodeStore:
@@ -212,8 +95,6 @@ class CodeStore:
 
     def quantizer(self) -> Quantizer:
         """The tokenizer's quantizer, from the file inside the store, after a check of its digest."""
-        from mvar.tokenizer.files import load_quantizer
-
         check_file(self.folder, self.manifest.quantizer)
         return load_quantizer(self.folder / QUANTIZER)
 
@@ -236,7 +117,7 @@ class CodeStore:
             )
 
 
-class IndexTable(_Record):
+class IndexTable(pydantic.BaseModel):
     """Where the samples of a split lie, in the store's order."""
 
     model_config = pydantic.ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -376,20 +257,6 @@ def read_index(path: Path) -> dict[str, IndexTable]:
         raise StoreError(f"{path}: cannot be read ({error}). Write it again: mvar finalize {path.parent}") from None
 
 
-def check_file(folder: Path, info: FileInfo, *, digest: bool = True) -> None:
-    """Raises StoreError unless the file exists, has its size and (with `digest`) its sha256."""
-    path = folder / info.name
-    mend = f"Run the tokenize command again (it re-makes what is damaged), then mvar finalize {folder}."
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise StoreError(f"{path}: missing from the store ({error.strerror}). {mend}") from None
-    if size != info.bytes:
-        raise StoreError(f"{path}: damaged, {size:,} bytes instead of {info.bytes:,}. {mend}")
-    if digest and sha256_of(path) != info.sha256:
-        raise StoreError(f"{path}: damaged, its sha256 is not the one in the manifest ({info.sha256[:12]}...). {mend}")
-
-
 def _check_table(folder: Path, name: str, info: SplitInfo, table: IndexTable, manifest: Manifest) -> None:
     """The index agrees with the manifest, so that reading by it stays inside the shards."""
     counts = [shard.samples for shard in info.shards]
@@ -405,17 +272,3 @@ def _check_table(folder: Path, name: str, info: SplitInfo, table: IndexTable, ma
         raise StoreError(
             f"{folder / INDEX}: does not match the manifest's split {name!r}. Write both again: mvar finalize {folder}"
         )
-
-
-def _explain_missing(folder: Path, error: OSError) -> str:
-    if not folder.is_dir():
-        return f"code store {folder}: no such folder. Give the folder that `mvar tokenize` wrote as store=..."
-    if (folder / JOB).exists():
-        return (
-            f"code store {folder}: {MANIFEST} is missing, so the store is not complete. "
-            f"When all tokenize tasks have ended, run: mvar finalize {folder}"
-        )
-    return (
-        f"code store {folder}: {MANIFEST} cannot be read ({error.strerror}) and nothing was tokenized here. "
-        "Run mvar tokenize with store=... set to this folder, then mvar finalize."
-    )

@@ -9,23 +9,19 @@ Legend: B samples of a batch, L tokens of all scales.
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mvar.data.prefetch import read_ahead
 from mvar.data.store import Split
 from mvar.errors import ConfigError, StoreError
 from mvar.randomness import permuted, view_of
 
-T = TypeVar("T")
 I64 = NDArray[np.int64]
 
 
@@ -82,7 +78,7 @@ class TrainStream:
         divided so.
         """
         check_split(self.global_batch, world, micro_batch)
-        return _ahead(self._slices(samples_seen, rank, world, micro_batch))
+        return read_ahead(self._slices(samples_seen, rank, world, micro_batch))
 
     def _slices(self, samples_seen: int, rank: int, world: int, micro_batch: int) -> Iterator[Batch]:
         share = self.global_batch // world
@@ -136,61 +132,3 @@ def _read(
         valid_B=valid_B,
         samples_seen=samples_seen,
     )
-
-
-def _ahead(batches: Iterator[Batch], depth: int = 2) -> Generator[Batch, None, None]:
-    """The same batches, read by a thread up to `depth` ahead. Its errors are raised here; closing ends it."""
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def run() -> None:
-        try:
-            for batch in batches:
-                put(batch)
-                if stopped.is_set():
-                    return
-        except BaseException as error:  # Handed to the reader, who raises it.
-            put(error)
-
-    thread = threading.Thread(target=run, name="mvar-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
-
-
-class Feed(Generic[T]):
-    """Hands out each step's micro-batches, one step ahead of their use.
-
-    So an error of reading (a damaged shard on one node) can be put to the vote of all ranks before any of them waits
-    for the others in the step that lacks its data.
-    """
-
-    def __init__(self, stream: Iterator[T], accumulation: int) -> None:
-        self._stream, self._accumulation = stream, accumulation
-        self.error: Exception | None = None
-        """Why the next step's batches are missing."""
-        self._ahead = self._read()
-
-    def take(self) -> list[T]:
-        batches, self._ahead = self._ahead, self._read()
-        return batches
-
-    def _read(self) -> list[T]:
-        try:
-            return [next(self._stream) for _ in range(self._accumulation)]
-        except Exception as error:
-            self.error = error
-            return []

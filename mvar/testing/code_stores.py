@@ -10,19 +10,18 @@ import numpy as np
 import torch
 
 from data_prep.shards import read_shard, shard_writer
-from mvar.data.store import (
+from mvar.data.manifest import (
     INDEX,
     MANIFEST,
     QUANTIZER,
     FileInfo,
-    IndexTable,
     Manifest,
     ShardInfo,
     SourceInfo,
     SplitInfo,
     TokenizerInfo,
-    write_index,
 )
+from mvar.data.store import IndexTable, write_index
 from mvar.files.disk import sha256_of
 from mvar.scales import ScalePyramid
 from mvar.tokenizer.files import save_quantizer, save_tokenizer

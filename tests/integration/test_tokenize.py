@@ -24,7 +24,8 @@ from data_prep.origin import Origin
 from data_prep.tokenize import tokenize
 from data_prep.verify import contact_sheet, some_samples, verify
 from mvar.cli import main as mvar
-from mvar.data.store import MANIFEST, CodeStore
+from mvar.data.manifest import MANIFEST
+from mvar.data.store import CodeStore
 from mvar.errors import BackendError, ConfigError, ImageError, StoreError
 from mvar.files.disk import remove_stale, writing
 from mvar.images.arrays import from_uint8
@@ -451,7 +452,8 @@ def test_verify_lists_all_damaged_shards_and_ends_with_exit_code_2(store, capsys
 
 def test_verify_notices_an_index_that_points_to_other_samples(store):
     """Two samples' labels exchanged in an index that the manifest vouches for."""
-    from mvar.data.store import INDEX, read_index, write_index
+    from mvar.data.manifest import INDEX
+    from mvar.data.store import read_index, write_index
 
     tables = read_index(store / INDEX)
     label = tables["train"].label_N.copy()

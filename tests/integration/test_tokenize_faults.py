@@ -16,7 +16,8 @@ from data_prep.job import TokenizeConfig
 from data_prep.shards import read_record
 from data_prep.tokenize import tokenize
 from data_prep.verify import verify
-from mvar.data.store import MANIFEST, CodeStore
+from mvar.data.manifest import MANIFEST
+from mvar.data.store import CodeStore
 from mvar.errors import ImageError, StoreError
 from mvar.settings import load
 from tests.stores import image_folder, synthetic_store, tiny_tokenizer

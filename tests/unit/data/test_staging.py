@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mvar.data import staging
-from mvar.data.store import MANIFEST, CodeStore
+from mvar.data.manifest import MANIFEST
+from mvar.data.store import CodeStore
 from mvar.errors import StoreError
 from tests.stores import synthetic_store
 

@@ -8,7 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from mvar.data.store import INDEX, MANIFEST, CodeStore, codes_header, read_index, write_index
+from mvar.data.manifest import INDEX, MANIFEST
+from mvar.data.store import CodeStore, codes_header, read_index, write_index
 from mvar.errors import StoreError
 from tests.stores import LATENT, PATCH_NUMS, TOKENS, VOCAB, synthetic_codes, synthetic_store
 
@@ -194,7 +195,7 @@ def test_an_index_that_does_not_match_the_manifest_is_refused(folder, fault):
 
 def vouch(folder):
     """Make the manifest agree with the index file that is there, as a wrong program might."""
-    from mvar.data.store import sha256_of
+    from mvar.files.disk import sha256_of
 
     tree = json.loads((folder / MANIFEST).read_text())
     tree["index"] |= {"bytes": (folder / INDEX).stat().st_size, "sha256": sha256_of(folder / INDEX)}

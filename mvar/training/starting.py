@@ -1,0 +1,107 @@
+"""How a training begins: from a checkpoint, from weights, from nothing, or from before it diverged."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mvar.checkpoint.choosing import choose, retain, set_aside_after
+from mvar.checkpoint.record import require_same
+from mvar.checkpoint.saver import Saved, Saver
+from mvar.checkpoint.weights import initial_values
+from mvar.cli import run_command
+from mvar.config import TrainConfig
+from mvar.data.stream import Batch, eval_batches
+from mvar.data.prefetch import Feed
+from mvar.errors import ConfigError, MvarError, TrainingError
+from mvar.images.arrays import grid, save_png, to_uint8
+from mvar.run import world as launch
+from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
+from mvar.run.folder import RunFolder
+from mvar.run.history import History
+from mvar.run.tracking import Stopwatch, Tracker, memory_gib
+from mvar.run.world import World
+from mvar.sampling.sampler import generate
+from mvar.schedule import Plan, Stretch
+from mvar.settings import describe, dump, load
+from mvar.tokenizer.files import load_tokenizer
+from mvar.training.engine import Averages, Engine, StepResult
+from mvar.training.job import Job, going_on, prepare, summary
+from mvar.training.mfu import Utilisation
+from mvar.training.objective import Objective
+from mvar.training.stability import DivergedError, Stability
+
+
+
+
+def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> tuple[Job, Path | None]:
+    """The newest good checkpoint, if it is of this very run, and the job as it goes on from there; None where a run may
+    begin. Raises CheckpointError."""
+    found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
+    if found is None:
+        world.together(lambda: run.require_no_history() if world.is_main else None)
+        return job, None
+    record = world.together(lambda: require_same(found, job.identity, change_batch=change_batch))
+    return world.together(lambda: going_on(job, record.progress)), found
+
+
+def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | None) -> int:
+    """Take up a checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
+    if found is not None:
+        done, where = engine.restore(found), f"going on from {found.name}"
+    else:
+        source = job.config.init_from
+        if source is None:
+            engine.initialise()
+        else:
+            engine.initialise(world.together(lambda: initial_values(source, job.model, digests=world.is_main)))
+        done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
+    if world.is_main:
+        run.finished.unlink(missing_ok=True)
+        run.config.write_text(dump(job.config), encoding="utf-8")
+        print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
+        if len(job.plan.stretches) > 1:
+            print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)
+    return done
+
+
+def beyond_help(bad: DivergedError, config: TrainConfig) -> TrainingError:
+    return TrainingError(
+        f"{bad}, {bad.done - bad.first} steps in a row (engine.max_bad_steps), after going back"
+        f" {config.engine.max_rollbacks} times (engine.max_rollbacks). The newest good checkpoint is untouched."
+        " metrics.jsonl names the samples (bad_samples, worst_samples). Lower optim.base_lr or use a wider"
+        " engine.precision, and run again."
+    )
+
+
+def go_back(engine: Engine, run: RunFolder, job: Job, world: World, bad: DivergedError) -> tuple[Job, int]:
+    """Take up the last checkpoint from before the bad steps, and skip the data up to their end. Raises MvarError."""
+    world.together(lambda: set_aside_after(run.checkpoints, bad.first) if world.is_main else None)
+    found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
+    if found is None:
+        none = TrainingError(f"{bad}; there is no checkpoint to go back to. Lower optim.base_lr, and run again.")
+        world.raise_together(none if world.is_main else None)
+    assert found is not None
+    done = engine.restore(found)
+    begin, end = job.plan.samples(done), job.plan.samples(bad.done)
+    kept = tuple(stretch for stretch in job.plan.stretches if stretch.step <= done)
+    stretches = (*kept, Stretch(done, end, job.config.global_batch))
+    job = replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
+    engine.plan = job.plan
+    if world.is_main:
+        print(
+            f"mvar: WARNING: {bad}. Went back to {found.name}; the {end - begin:,} images after it are skipped.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return job, done
