@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from mvar.cli import run_command
-from mvar.cluster import snapshot
-from mvar.errors import ConfigError, MvarError
-from mvar.files import json_lines
-from mvar.run.history import History
-from mvar.run.names import steps_in
-
+from mvar.errors import ConfigError
 
 FINISHED, STOPPED, USER_ERROR = 0, 75, 2
 Action = Literal["finished", "next", "requeue", "stop"]

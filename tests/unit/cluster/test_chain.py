@@ -7,24 +7,17 @@ import pytest
 
 from mvar.cluster.chain import (
     BEGIN,
-    Attempt,
-    Blame,
-    Job,
-    Limits,
     Logs,
     Slurm,
     begin,
-    blame,
     close_lost,
-    decide,
     end,
     exclude_repeaters,
-    expand,
     newest_step,
     own_words,
     parse_begin,
-    strikes,
 )
+from mvar.cluster.decisions import Attempt, Blame, Job, Limits, blame, decide, expand, strikes
 from mvar.errors import ConfigError
 from mvar.run.history import History
 
