@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mvar.errors import ConfigError, MvarError
 from mvar.model.transformer import MVAR, DecodeState
+from mvar.sampling.uniforms import signed, token_uniforms
+from mvar.sampling.words import draw_codes, filter_logits, mix_words
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -120,68 +122,6 @@ def generate_scales(
         yield ScaleSample(scale, codes_BLk, f_hat_BChw)
 
 
-def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf for what is not among the `top_k` largest (ties stay), then for the tail that holds 1 - `top_p`.
-
-    A word goes if the probability of all words up to and including it, the least likely first, is at most 1 - top_p. Of
-    equally likely words the lowest index goes first.
-    """
-    vocab = logits_BLV.shape[-1]
-    count = top_k if 0 < top_k < vocab else vocab
-    nucleus = 0 < top_p < 1
-    if count == vocab and not nucleus:
-        return logits_BLV
-    ascending_BLK = logits_BLV.topk(count, dim=-1).values.flip(-1)
-    threshold_BL1, ties_BL1 = ascending_BLK[..., :1], None
-    if nucleus:
-        threshold_BL1, ties_BL1 = _nucleus(logits_BLV, ascending_BLK, 1 - top_p)
-    removed_BLV = logits_BLV < threshold_BL1
-    if ties_BL1 is not None and bool(ties_BL1.any()):
-        tied_BLV = logits_BLV == threshold_BL1
-        removed_BLV |= tied_BLV & (tied_BLV.cumsum(dim=-1) <= ties_BL1)
-    return logits_BLV.masked_fill(removed_BLV, -torch.inf)
-
-
-def _nucleus(logits_BLV: Tensor, ascending_BLK: Tensor, tail: float) -> tuple[Tensor, Tensor]:
-    """The least likely word's logit outside the tail, and how many words of just that logit belong to the tail.
-
-    `ascending`: the largest logits, sorted. Words that tie with the smallest of them count too, though not listed.
-    """
-    least_BL1 = ascending_BLK[..., :1]
-    listed_BL1 = (ascending_BLK == least_BL1).sum(-1, keepdim=True)
-    unlisted_BL1 = (logits_BLV == least_BL1).sum(-1, keepdim=True) - listed_BL1
-    weights_BLK = (ascending_BLK - ascending_BLK[..., -1:]).exp()
-    total_BL1 = weights_BLK.sum(-1, keepdim=True) + unlisted_BL1 * weights_BLK[..., :1]
-    share_BLK = weights_BLK / total_BL1
-    below_BLK = share_BLK.cumsum(-1) + unlisted_BL1 * share_BLK[..., :1]
-    gone_BL1 = (below_BLK <= tail).sum(-1, keepdim=True).clamp_max(ascending_BLK.shape[-1] - 1)
-    threshold_BL1 = ascending_BLK.gather(-1, gone_BL1)
-    places_K = torch.arange(ascending_BLK.shape[-1], device=ascending_BLK.device)
-    ties_BL1 = ((ascending_BLK == threshold_BL1) & (places_K < gone_BL1)).sum(-1, keepdim=True)
-    unlisted_gone_BL1 = (tail / share_BLK[..., :1]).floor().clamp_max(unlisted_BL1).to(ties_BL1.dtype)
-    unlisted_gone_BL1 = torch.where(gone_BL1 > 0, unlisted_BL1, unlisted_gone_BL1)
-    return threshold_BL1, torch.where(threshold_BL1 == least_BL1, ties_BL1 + unlisted_gone_BL1, ties_BL1)
-
-
-def draw_codes(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution, in the vocabulary's order: int64 (B, L).
-
-    float64 sums and the fixed order keep rounding of the logits from changing a draw, but for about one in a million.
-    """
-    cumulated_BLV = logits_BLV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    aim_BL1 = (uniforms_BL * cumulated_BLV[..., -1]).unsqueeze(-1)
-    return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1)
-
-
-def mix_words(logits_BLV: Tensor, words_VC: Tensor, seeds_B: Tensor, scale: int, progress: float) -> Tensor:
-    """A Gumbel-softmax mixture of words for each token, sharper from scale to scale: (B, L, C) float32."""
-    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    uniforms_BLV = word_uniforms(seeds_B, scale, logits_BLV.shape[1], logits_BLV.shape[2])
-    noise_BLV = -torch.log(-torch.log(uniforms_BLV))
-    weights_BLV = ((logits_BLV * (1 + progress) + noise_BLV) / temperature).softmax(dim=-1)
-    return weights_BLV.float() @ words_VC.float()
-
-
 def check_geometry(model: MVAR, quantizer: Quantizer) -> None:
     """Raise ConfigError unless the model speaks this quantizer's codes."""
     ours = (model.pyramid.patch_nums, model.vocab_size, model.latent_channels)
@@ -208,46 +148,4 @@ def _check_request(model: MVAR, labels_B: Tensor, top_k: int, top_p: float, seed
     given = list(range(len(labels_B))) if seeds is None else [int(seed) for seed in seeds]
     if len(given) != len(labels_B):
         raise ConfigError(f"seeds: got {len(given)} for {len(labels_B)} images, expected one for each.")
-    return torch.tensor([_signed(seed) for seed in given], dtype=torch.int64)
-
-
-# ---- uniform numbers as a pure function of counters, alike on every device
-
-TOKENS, WORDS = 1, 2
-"""Streams of numbers."""
-
-
-def token_uniforms(seeds_B: Tensor, scale: int, tokens: int) -> Tensor:
-    """One number in (0, 1) for each token of a scale: float64 (B, tokens)."""
-    hash_BL = _token_hash(seeds_B, TOKENS, scale, tokens)
-    return (_shift_right(hash_BL, 32).double() + 0.5) / 2**32
-
-
-def word_uniforms(seeds_B: Tensor, scale: int, tokens: int, words: int) -> Tensor:
-    """One number in (0, 1) for each token of a scale and each word: float32 (B, tokens, words)."""
-    words_V = torch.arange(words, device=seeds_B.device)
-    hash_BLV = _mixed(_token_hash(seeds_B, WORDS, scale, tokens).unsqueeze(-1) ^ words_V)
-    return (_shift_right(hash_BLV, 41).float() + 0.5) / 2**23
-
-
-def _token_hash(seeds_B: Tensor, stream: int, scale: int, tokens: int) -> Tensor:
-    hash_B = _mixed(_mixed(_mixed(seeds_B) ^ stream) ^ scale)
-    return _mixed(hash_B.unsqueeze(-1) ^ torch.arange(tokens, device=seeds_B.device))
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), on int64 that wraps around."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the same lowest 64 bits."""
-    return (number + 2**63) % 2**64 - 2**63
+    return torch.tensor([signed(seed) for seed in given], dtype=torch.int64)

@@ -5,19 +5,8 @@ Shapes: B images, L tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
-
-from mvar.errors import ConfigError, MvarError
-from mvar.model.transformer import MVAR, DecodeState
-from mvar.tokenizer.quantizer import Quantizer
-from mvar.tokenizer.vqvae import VQVAE
-
-
-
+from torch import Tensor
 
 TOKENS, WORDS = 1, 2
 """Streams of numbers."""
@@ -43,9 +32,9 @@ def _token_hash(seeds_B: Tensor, stream: int, scale: int, tokens: int) -> Tensor
 
 def _mixed(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), on int64 that wraps around."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x + signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * signed(0x94D049BB133111EB)
     return x ^ _shift_right(x, 31)
 
 
@@ -54,6 +43,6 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     """The int64 with the same lowest 64 bits."""
     return (number + 2**63) % 2**64 - 2**63

@@ -5,19 +5,10 @@ Shapes: B images, L tokens, K likeliest words, V vocabulary, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
-
-from mvar.errors import ConfigError, MvarError
-from mvar.model.transformer import MVAR, DecodeState
-from mvar.tokenizer.quantizer import Quantizer
-from mvar.tokenizer.vqvae import VQVAE
+from torch import Tensor
 
 from mvar.sampling.uniforms import word_uniforms
-
 
 
 def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -12,16 +12,9 @@ from torch import Tensor
 from mvar.errors import ConfigError, MvarError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
-from mvar.sampling.sampler import (
-    draw_codes,
-    filter_logits,
-    generate,
-    generate_latent,
-    generate_scales,
-    mix_words,
-    token_uniforms,
-    word_uniforms,
-)
+from mvar.sampling.sampler import generate, generate_latent, generate_scales
+from mvar.sampling.uniforms import token_uniforms, word_uniforms
+from mvar.sampling.words import draw_codes, filter_logits, mix_words
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
 from tests.golden import golden, golden_json
