@@ -28,7 +28,8 @@ from mvar.checkpoint.saver import Saved, Saver
 from mvar.config import TrainConfig
 from mvar.data.stream import Batch
 from mvar.ds_config import BatchSplit
-from mvar.run import world as launch
+from mvar.run import world as worlds
+from mvar.run.world import World
 from mvar.schedule import Plan
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.training.engine import Engine
@@ -55,7 +56,7 @@ def made_up_batch(config: TrainConfig, number: int) -> Batch:
 class Run:
     """An engine that trains on made-up batches."""
 
-    def __init__(self, config: TrainConfig, world: launch.World) -> None:
+    def __init__(self, config: TrainConfig, world: World) -> None:
         model = config.model
         quantizer = Quantizer(model.vocab_size, model.latent_channels, model.patch_nums)
         split = BatchSplit.of(config.global_batch, world.size, config.global_batch)
@@ -91,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "engine": {"precision": "fp32", "ds_config": "ds_configs/zero2.json"},
             }
         )
-        world = launch.start()
+        world = worlds.start()
         measure(Run(config, world), world, folder, args.rounds).finish(args.json)
-        launch.finish()
+        worlds.finish()
     return 0
 
 
-def measure(run: Run, world: launch.World, folder: Path, rounds: int) -> Report:
+def measure(run: Run, world: World, folder: Path, rounds: int) -> Report:
     identity = Identity(run.config, run.config.model, "0" * 64)
     partition = run.engine.partition
     background, waiting = (

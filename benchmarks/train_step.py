@@ -41,7 +41,8 @@ from mvar.model.transformer import MVAR
 from mvar.plan.flops import flops
 from mvar.plan.memory import Kernels, Setup, memory, saved_for_backward
 from mvar.plan.sizes import Sizes
-from mvar.run import world as launch
+from mvar.run import world as worlds
+from mvar.run.world import World
 from mvar.testing.engine_bytes import kept_by_autograd
 from mvar.training.engine import parameter_groups
 from mvar.training.objective import Objective
@@ -151,7 +152,7 @@ def configuration(folder: Path, depth: int, batch: int, precision: str) -> Train
     )
 
 
-def measure(report: Report, config: TrainConfig, world: launch.World, rounds: int) -> None:
+def measure(report: Report, config: TrainConfig, world: World, rounds: int) -> None:
     """Add the figures of one precision."""
     precision = config.engine.precision
     ours = Run(config, world)
@@ -173,7 +174,7 @@ def measure(report: Report, config: TrainConfig, world: launch.World, rounds: in
     report.add(f"peak_share_{precision}", config.global_batch * flops(sizes).training / step_s / 1e9 / peak)
 
 
-def memory_against_plan(run: Run, world: launch.World) -> float:
+def memory_against_plan(run: Run, world: World) -> float:
     """What a step keeps, divided by the plan's figure. On a GPU the peak, else what autograd keeps."""
     config = run.config
     kernels: Kernels = "cpu"
@@ -201,12 +202,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse_args(argv)
     report = Report("train_step")
     report.context |= {"depth": args.depth, "batch": args.batch}
-    world = launch.start()
+    world = worlds.start()
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "bf16") if args.precision == "both" else (args.precision,):
             measure(report, configuration(Path(folder), args.depth, args.batch, precision), world, args.rounds)
             gc.collect()
-    launch.finish()
+    worlds.finish()
     report.finish(args.json)
     return 0
 

@@ -16,35 +16,36 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mvar.checkpoint.choosing import choose, retain, set_aside_after
-from mvar.checkpoint.record import require_same
+from mvar.checkpoint.choosing import retain
 from mvar.checkpoint.saver import Saved, Saver
-from mvar.checkpoint.weights import initial_values
 from mvar.cli import run_command
 from mvar.config import TrainConfig
-from mvar.data.stream import Batch, Feed, eval_batches
-from mvar.errors import ConfigError, MvarError, TrainingError
+from mvar.data.prefetch import Feed
+from mvar.data.stream import Batch, eval_batches
+from mvar.errors import ConfigError, MvarError
 from mvar.images.arrays import grid, save_png, to_uint8
-from mvar.run import world as launch
-from mvar.run.folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
+from mvar.run import world as worlds
+from mvar.run.folder import RunFolder
 from mvar.run.history import History
+from mvar.run.launcher import detect, rank_hint
+from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
-from mvar.run.world import World
+from mvar.run.world import RemoteError, World
 from mvar.sampling.sampler import generate
-from mvar.schedule import Plan, Stretch
-from mvar.settings import describe, dump, load
+from mvar.settings import describe, load
 from mvar.tokenizer.files import load_tokenizer
 from mvar.training.engine import Averages, Engine, StepResult
-from mvar.training.job import Job, going_on, prepare, summary
+from mvar.training.job import Job, prepare
 from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
 from mvar.training.stability import DivergedError, Stability
+from mvar.training.starting import begin, beyond_help, choose_checkpoint, go_back
 
 WORST = 8
 """Samples that a spike's record names."""
@@ -275,69 +276,6 @@ def claim(run: RunFolder, config: TrainConfig, world: World) -> AbstractContextM
     return run.claimed(config.checkpoint.takeover_s) if world.is_main else nullcontext(lambda: True)
 
 
-def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> tuple[Job, Path | None]:
-    """The newest good checkpoint, if it is of this very run, and the job as it goes on from there; None where a run may
-    begin. Raises CheckpointError."""
-    found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
-    if found is None:
-        world.together(lambda: run.require_no_history() if world.is_main else None)
-        return job, None
-    record = world.together(lambda: require_same(found, job.identity, change_batch=change_batch))
-    return world.together(lambda: going_on(job, record.progress)), found
-
-
-def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | None) -> int:
-    """Take up a checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
-    if found is not None:
-        done, where = engine.restore(found), f"going on from {found.name}"
-    else:
-        source = job.config.init_from
-        if source is None:
-            engine.initialise()
-        else:
-            engine.initialise(world.together(lambda: initial_values(source, job.model, digests=world.is_main)))
-        done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
-    if world.is_main:
-        run.finished.unlink(missing_ok=True)
-        run.config.write_text(dump(job.config), encoding="utf-8")
-        print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
-        if len(job.plan.stretches) > 1:
-            print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)
-    return done
-
-
-def beyond_help(bad: DivergedError, config: TrainConfig) -> TrainingError:
-    return TrainingError(
-        f"{bad}, {bad.done - bad.first} steps in a row (engine.max_bad_steps), after going back"
-        f" {config.engine.max_rollbacks} times (engine.max_rollbacks). The newest good checkpoint is untouched."
-        " metrics.jsonl names the samples (bad_samples, worst_samples). Lower optim.base_lr or use a wider"
-        " engine.precision, and run again."
-    )
-
-
-def go_back(engine: Engine, run: RunFolder, job: Job, world: World, bad: DivergedError) -> tuple[Job, int]:
-    """Take up the last checkpoint from before the bad steps, and skip the data up to their end. Raises MvarError."""
-    world.together(lambda: set_aside_after(run.checkpoints, bad.first) if world.is_main else None)
-    found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
-    if found is None:
-        none = TrainingError(f"{bad}; there is no checkpoint to go back to. Lower optim.base_lr, and run again.")
-        world.raise_together(none if world.is_main else None)
-    assert found is not None
-    done = engine.restore(found)
-    begin, end = job.plan.samples(done), job.plan.samples(bad.done)
-    kept = tuple(stretch for stretch in job.plan.stretches if stretch.step <= done)
-    stretches = (*kept, Stretch(done, end, job.config.global_batch))
-    job = replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
-    engine.plan = job.plan
-    if world.is_main:
-        print(
-            f"mvar: WARNING: {bad}. Went back to {found.name}; the {end - begin:,} images after it are skipped.",
-            file=sys.stderr,
-            flush=True,
-        )
-    return job, done
-
-
 def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:
     return Tracker(
         run.path,
@@ -373,7 +311,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    main_rank = launch.rank_hint(os.environ) == 0
+    main_rank = rank_hint(os.environ) == 0
     try:
         config = load(TrainConfig, args.config, args.overrides + ["checkpoint.trust_sizes=true"] * args.trust_sizes)
         if args.pretend_world is not None and (not args.dry_run or args.pretend_world < 1):
@@ -382,27 +320,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             if main_rank:
                 from mvar.training.dry_run import dry_run
 
-                ranks = args.pretend_world or launch.detect(os.environ).size
+                ranks = args.pretend_world or detect(os.environ).size
                 dry_run(config, ranks, args.pretend_rank, pretended=args.pretend_world is not None)
             return EXIT_FINISHED
     except MvarError:
         if main_rank:
             raise
         return 2  # The same on every rank; one message is enough.
-    world = launch.start(os.environ, config.engine.threads)
+    world = worlds.start(os.environ, config.engine.threads)
     try:
         code = train(config, world, from_scratch=args.from_scratch, change_batch=args.change_batch)
-    except launch.RemoteError as error:
+    except RemoteError as error:
         code = 2 if error.expected else 1
     except MvarError:
-        launch.finish()
+        worlds.finish()
         raise
     except Exception:
         # At once and without goodbyes: the other ranks learn of it when this one is gone.
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    launch.finish()
+    worlds.finish()
     return code
 
 

@@ -27,15 +27,17 @@ import torch
 
 from mvar.cli import run_command
 from mvar.config import TrackingConfig
-from mvar.data.stream import Feed
+from mvar.data.prefetch import Feed
 from mvar.errors import CheckpointError, MvarError
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
 from mvar.images.sources import Source
-from mvar.run import world as launch
-from mvar.run.folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder, StopRequests, Watchdog
+from mvar.run import world as worlds
+from mvar.run.folder import RunFolder
+from mvar.run.launcher import rank_hint
+from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
-from mvar.run.world import World
+from mvar.run.world import RemoteError, World, cores
 from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of, write_atomically
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
@@ -99,7 +101,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
                 print(f"already finished: {result}")
             return EXIT_FINISHED
         stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s))
-        threads = config.threads or max(1, launch.cores() // world.place.local_size)
+        threads = config.threads or max(1, cores() // world.place.local_size)
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
         held_out = world.together(lambda: HeldOut.of(config, source, world, threads))
@@ -342,16 +344,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(TokenizerTrainConfig, args.config, args.settings)
     except MvarError:
-        if launch.rank_hint(os.environ) == 0:
+        if rank_hint(os.environ) == 0:
             raise
         return 2  # The same on every rank; one message is enough.
-    world = launch.join(device=config.device)
+    world = worlds.join(device=config.device)
     try:
         code = train(config, world)
-    except launch.RemoteError as error:
+    except RemoteError as error:
         code = 2 if error.expected else 1
     except MvarError:
-        launch.finish()
+        worlds.finish()
         raise
     except Exception:
         if world.size == 1:
@@ -360,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    launch.finish()
+    worlds.finish()
     if world.size > 1:
         # All is written and closed. The interpreter's own end now and then aborts in a thread of torch's.
         sys.stdout.flush()

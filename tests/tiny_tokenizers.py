@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mvar.run.world import Place, World
+from mvar.run.launcher import Place
+from mvar.run.world import World
 from mvar.tokenizer.training.config import TokenizerTrainConfig
 from mvar.tokenizer.training.parallel import part_of
 from mvar.tokenizer.training.perceptual import STAGES

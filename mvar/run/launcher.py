@@ -7,24 +7,13 @@ that will never come.
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import socket
 import time
-import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch._C._distributed_c10d import HashStore
-
-from mvar.config import REPOSITORY
-from mvar.errors import BackendError, ConfigError, MvarError
-
+from mvar.errors import ConfigError
 
 _INTERACTIVE_STEP = 0xFFFF_FFF0
 """Slurm's special steps (batch shell, interactive shell) have numbers from here on: no launch by srun."""

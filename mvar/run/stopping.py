@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
-import json
 import os
-import shutil
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-from mvar.errors import CheckpointError, TrainingError
-from mvar.run.claims import Claims, claim_path
-from mvar.run.names import CLAIM, remove_leftovers
-
-
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75

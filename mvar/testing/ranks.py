@@ -123,11 +123,11 @@ def run_ranks(function: Callable[..., Any], ranks: int, folder: Path, /, **argum
 
 
 def _worker(where: str, folder: str, arguments: str) -> int:
-    from mvar.run import world as launch
+    from mvar.run import world as worlds
 
     module, _, name = where.partition(":")
-    world = launch.start(threads=1)
+    world = worlds.start(threads=1)
     result = getattr(importlib.import_module(module), name)(world, **json.loads(arguments))
     (Path(folder) / f"result{world.rank}.json").write_text(json.dumps(result))
-    launch.finish()
+    worlds.finish()
     return 0

@@ -20,9 +20,9 @@ from mvar.plan.draw import gib
 from mvar.plan.memory import Kernels, Setup, memory
 from mvar.plan.sizes import IMAGENET_IMAGES, Sizes
 from mvar.randomness import permuted, view_of
-from mvar.run import world as launch
 from mvar.run.folder import RunFolder
 from mvar.run.names import folder_of, steps_in
+from mvar.run.world import choose_accelerator
 from mvar.schedule import FLAT_SHARE, Plan
 from mvar.training.job import going_on, prepare, summary
 
@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig, ranks: int, rank: int = 0, *, pretended: bool =
     """
     if not 0 <= rank < ranks:
         raise ConfigError(f"--pretend-rank {rank}: expected 0 to {ranks - 1}, for {ranks} ranks.")
-    launch.choose_accelerator()
+    choose_accelerator()
     split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
     tree = ds_config.resolve(config, split)
     zero = tree["zero_optimization"]

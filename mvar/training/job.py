@@ -13,7 +13,8 @@ import mvar
 from mvar import ds_config
 from mvar.checkpoint.record import Identity, Progress
 from mvar.config import ModelConfig, TrainConfig
-from mvar.data.store import MANIFEST, CodeStore
+from mvar.data.manifest import MANIFEST
+from mvar.data.store import CodeStore
 from mvar.data.stream import TrainStream
 from mvar.ds_config import BatchSplit
 from mvar.errors import ConfigError, TokenizerError

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from mvar.checkpoint.choosing import choose, retain, set_aside_after
+from mvar.checkpoint.choosing import choose, set_aside_after
 from mvar.checkpoint.record import require_same
-from mvar.checkpoint.saver import Saved, Saver
 from mvar.checkpoint.weights import initial_values
-from mvar.cli import run_command
 from mvar.config import TrainConfig
-from mvar.data.stream import Batch, eval_batches
-from mvar.data.prefetch import Feed
-from mvar.errors import ConfigError, MvarError, TrainingError
-from mvar.images.arrays import grid, save_png, to_uint8
-from mvar.run import world as launch
-from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
+from mvar.errors import TrainingError
 from mvar.run.folder import RunFolder
-from mvar.run.history import History
-from mvar.run.tracking import Stopwatch, Tracker, memory_gib
 from mvar.run.world import World
-from mvar.sampling.sampler import generate
 from mvar.schedule import Plan, Stretch
-from mvar.settings import describe, dump, load
-from mvar.tokenizer.files import load_tokenizer
-from mvar.training.engine import Averages, Engine, StepResult
-from mvar.training.job import Job, going_on, prepare, summary
-from mvar.training.mfu import Utilisation
-from mvar.training.objective import Objective
-from mvar.training.stability import DivergedError, Stability
-
-
+from mvar.settings import dump
+from mvar.training.engine import Engine
+from mvar.training.job import Job, going_on, summary
+from mvar.training.stability import DivergedError
 
 
 def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> tuple[Job, Path | None]:

@@ -360,7 +360,7 @@ def slow_steps(argv: list[str]) -> int:
 
 def deadline_on_one_rank(argv: list[str]) -> int:
     """Rank 1's job ends soon after the ninth step."""
-    from mvar.run.folder import StopRequests
+    from mvar.run.stopping import StopRequests
     from mvar.training.engine import Engine
 
     original: Any = Engine._update

@@ -18,8 +18,9 @@ from mvar.checkpoint.choosing import choose
 from mvar.checkpoint.loading import Reader
 from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
+from mvar.run.launcher import Place
 from mvar.run.names import folder_of, steps_in
-from mvar.run.world import Place, World
+from mvar.run.world import World
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import Ranks
 from mvar.testing.tiny_runs import losses, records, template, wait_for_step, write_config

@@ -23,8 +23,9 @@ from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
+from mvar.run.launcher import Place
 from mvar.run.names import folder_of, steps_in
-from mvar.run.world import Place, World
+from mvar.run.world import World
 from tests.exports import save_weights
 
 SHAPES = {"head.weight": (5, 3), "head.bias": (5,), "scale": (1, 1)}

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mvar.errors import CheckpointError, TrainingError
-from mvar.run import folder as lifecycle
-from mvar.run.folder import RunFolder, StopRequests
+from mvar.run import folder
+from mvar.run.folder import RunFolder
+from mvar.run.stopping import StopRequests
 
 
 def test_signals_ask_to_stop_and_handlers_are_put_back(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_finished_says_at_which_step(tmp_path: Path) -> None:
 
 
 def test_a_claimed_folder_names_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "CLAIM_PATIENCE_S", 0.1)
+    monkeypatch.setattr(folder, "CLAIM_PATIENCE_S", 0.1)
     first, second = RunFolder(tmp_path / "new" / "run"), RunFolder(tmp_path / "new" / "run")
     with first.claimed(90), pytest.raises(TrainingError, match=f"process {os.getpid()} on"), second.claimed(90):
         pass

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mvar.config import ModelConfig
-from mvar.run.world import Place, World
+from mvar.run.launcher import Place
+from mvar.run.world import World
 from mvar.training.mfu import Utilisation, measured_peak, peak_flops
 
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mvar.errors import ConfigError
-from mvar.run.world import Place, World
+from mvar.run.launcher import Place
+from mvar.run.world import World
 from mvar.testing.ranks import run_ranks
 from mvar.tokenizer.training.parallel import (
     SharedRows,

@@ -10,7 +10,8 @@ from PIL import Image
 
 from mvar.errors import MvarError
 from mvar.images.sources import Fingerprint, Item
-from mvar.run.world import Place, World
+from mvar.run.launcher import Place
+from mvar.run.world import World
 from mvar.tokenizer.quality import psnr_db
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.training.codebook import count_usage_, revive_, start_codebook_, usage_SV
