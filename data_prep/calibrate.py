@@ -29,6 +29,7 @@ from mvar.images.sources import Source
 from mvar.images.views import Pixels
 from mvar.randomness import permuted
 from mvar.scales import ScalePyramid
+from mvar.tokenizer.quality import psnr_db
 
 CALIBRATION = "calibration.json"
 
@@ -122,8 +123,6 @@ def calibration_views(config: TokenizeConfig, source: Source, size: int) -> Pixe
 
 
 def _psnr_db(encoder: Encoder, codes_BL: NDArray[np.uint16], images_BHWC: Pixels) -> float:
-    from mvar.tokenizer.training.trainer import psnr_db
-
     @torch.inference_mode()
     def squared_errors_B(own: slice) -> Tensor:
         codes = torch.from_numpy(codes_BL[own].astype(np.int64)).to(encoder.device)

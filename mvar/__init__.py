@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from mvar.version import __version__
+
 # OpenMP reads this when torch is loaded. By default idle threads spin for milliseconds at every barrier, which makes
 # small tensors up to a hundred times slower as soon as anything else (another rank, image decoding) wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-__version__ = "0.1.0"
-__all__ = ["MVAR", "VQVAE", "MvarError", "generate"]
+__all__ = ["MVAR", "VQVAE", "MvarError", "__version__", "generate"]
 
 if TYPE_CHECKING:
     from mvar.errors import MvarError

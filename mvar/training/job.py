@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import mvar
 from mvar import ds_config
 from mvar.checkpoint.record import Identity, Progress
 from mvar.config import ModelConfig, TrainConfig
@@ -21,6 +20,7 @@ from mvar.errors import ConfigError, TokenizerError
 from mvar.files.disk import sha256_of
 from mvar.plan.room import require_room
 from mvar.schedule import Plan, Stretch
+from mvar.version import __version__
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def going_on(job: Job, progress: Progress) -> Job:
 
 def versions() -> dict[str, str]:
     return {
-        "mvar": mvar.__version__,
+        "mvar": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "deepspeed": importlib.metadata.version("deepspeed"),

@@ -26,8 +26,7 @@ from mvar.errors import TrainingError
 from mvar.images.arrays import from_uint8
 from mvar.randomness import uniform
 from mvar.run.world import World
-from mvar.tokenizer.quality import Quality, Tally
-from mvar.tokenizer.quality import psnr_db as psnr_db
+from mvar.tokenizer.quality import Quality, Tally, psnr_db
 from mvar.tokenizer.quantizer import Quantized
 from mvar.tokenizer.training.adversary import Adversary, PatchCritic, adaptive_weight, sharing_weights
 from mvar.tokenizer.training.codebook import count_usage_, revive_, start_codebook_, usage_SV
