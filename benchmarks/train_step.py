@@ -34,8 +34,8 @@ from benchmarks.roofline import matmul_gflops
 from mvar.config import TrainConfig
 from mvar.model.attention import ScaleAttention
 from mvar.model.init import init_weights_
+from mvar.model.kernels.precision import product_dtype, wide
 from mvar.model.mamba2 import NORM_EPS, STATE, Mamba2, MambaState
-from mvar.model.precision import product_dtype, wide
 from mvar.model.token_loss import TokenLosses
 from mvar.model.transformer import MVAR
 from mvar.plan.flops import flops

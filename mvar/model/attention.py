@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.errors import BackendError
-from mvar.model.precision import HALF, Linear, linear, no_autocast, wide
+from mvar.model.kernels.precision import HALF, Linear, linear, no_autocast, wide
 
 AttentionBackend = Literal["auto", "sdpa", "flash"]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.errors import BackendError
-from mvar.model.precision import Linear, wide
+from mvar.model.kernels.precision import Linear, wide
 
 NormBackend = Literal["torch", "apex"]
 Norm = Callable[[Tensor], Tensor]

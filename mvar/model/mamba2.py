@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mvar.model.kernels import mamba_ssm as mamba_kernels
 from mvar.model.kernels.mamba_ops import causal_conv, gated_norm
+from mvar.model.kernels.precision import Linear, no_autocast, wide
 from mvar.model.kernels.ssd import ssd
-from mvar.model.precision import Linear, no_autocast, wide
 
 MambaBackend = Literal["auto", "torch", "mamba_ssm"]
 

@@ -1,1 +1,1 @@
-"""The arithmetic of Mamba-2: in torch, and through the kernels of mamba-ssm."""
+"""The arithmetic of the model: which products run in which type, and Mamba-2 in torch and through mamba-ssm."""

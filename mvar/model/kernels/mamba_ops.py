@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvar.model.kernels.blocking import tiles
-from mvar.model.precision import wide
+from mvar.model.kernels.precision import wide
 
 
 def causal_conv(x_BLK: Tensor, tail_BVK: Tensor | None, weight_KW: Tensor, bias_K: Tensor) -> Tensor:

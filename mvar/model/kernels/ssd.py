@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvar.model.kernels.blocking import runs
-from mvar.model.precision import product_dtype, wide
+from mvar.model.kernels.precision import product_dtype, wide
 
 CHUNK = 64
 """Tokens of a chunk, about: with as many channels of a head and of the state, all products cost the same."""

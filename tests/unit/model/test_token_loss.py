@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvar.model import token_loss
-from mvar.model.precision import WideLinear
+from mvar.model.kernels.precision import WideLinear
 from mvar.model.token_loss import TokenLosses, token_losses
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar.model import precision
-from mvar.model.precision import Linear, product_dtype
+from mvar.model.kernels import precision
+from mvar.model.kernels.precision import Linear, product_dtype
 from mvar.model.transformer import MVAR
 from mvar.testing.engine_bytes import kept_by_autograd
 
