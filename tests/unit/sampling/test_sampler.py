@@ -64,48 +64,6 @@ def test_greedy_sampling_of_ten_scales_equals_the_official_one() -> None:
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", ["k900_p0.96", "k900_p0", "k0_p0.96", "k1_p0", "k600_p0.95"])
-def test_filters_keep_what_the_official_ones_keep(name: str) -> None:
-    stored = golden("sampling", "topk_topp.safetensors")
-    top_k, top_p = (float(part[1:]) for part in name.split("_"))
-    kept = filter_logits(stored["logits"], int(top_k), top_p)
-    assert torch.equal(kept.isfinite(), stored[f"keep_{name}"].bool())
-    assert torch.equal(kept[kept.isfinite()], stored["logits"][kept.isfinite()])
-    if f"probs_{name}" in stored:
-        torch.testing.assert_close(kept.softmax(-1), stored[f"probs_{name}"], rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", ["k20_p0.9", "k0_p0.5", "k5_p0"])
-def test_filters_keep_what_the_official_ones_keep_in_a_small_vocabulary(name: str) -> None:
-    stored = golden("sampling", "topk_topp.safetensors")
-    top_k, top_p = (float(part[1:]) for part in name.split("_"))
-    kept = filter_logits(stored["logits_small"], int(top_k), top_p)
-    assert torch.equal(kept.isfinite(), stored[f"keep_small_{name}"].bool())
-
-
-def test_filters_equal_their_definition_with_ties() -> None:
-    """Against sorting everything: remove from the bottom while what is removed holds at most 1 - top_p."""
-    generator = torch.Generator().manual_seed(0)
-    for spread in (1, 2, 4):
-        smooth = torch.randn(3, 5, 60, generator=generator) * spread
-        for logits in (smooth, smooth.mul(2).round().div(2)):
-            for top_k in (0, 1, 2, 5, 30, 59):
-                for top_p in (0.3, 0.5, 0.9, 0.999):
-                    least = logits.sort(-1).values[..., -top_k if top_k else 0].unsqueeze(-1)
-                    expected = logits.masked_fill(logits < least, -torch.inf)
-                    ascending, order = expected.sort(dim=-1, stable=True)
-                    tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-                    tail[..., -1] = False
-                    expected[torch.zeros_like(tail).scatter(-1, order, tail)] = -torch.inf
-                    assert torch.equal(filter_logits(logits, top_k, top_p), expected)
-
-
-def test_filters_of_nothing_keep_everything() -> None:
-    logits = torch.randn(2, 3, 8)
-    for top_k, top_p in ((0, 0.0), (8, 1.0), (100, 0.0)):
-        assert torch.equal(filter_logits(logits, top_k, top_p), logits)
-
-
 @pytest.mark.parametrize(("cfg", "scales"), [(1.5, 10), (4.0, 10), (1.5, 4), (4.0, 4)])
 def test_guidance_rises_linearly_over_the_scales(cfg: float, scales: int) -> None:
     """Guided logits, seen through a model whose logits tell the two halves of the batch apart."""
@@ -149,55 +107,6 @@ def test_smoothing_never_uses_a_word_that_was_filtered_out() -> None:
     mixed = mix_words(logits, torch.eye(8), torch.tensor([0]), 1, 0.5)
     assert not mixed[..., :2].any() and not mixed[..., 4:].any()
     torch.testing.assert_close(mixed.sum(-1), torch.ones(1, 3))
-
-
-def test_draws_follow_the_distribution_and_skip_what_was_filtered_out() -> None:
-    probabilities = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
-    draws = 40_000
-    uniforms = token_uniforms(torch.tensor([7]), 2, draws)
-    codes = draw_codes(probabilities.log().expand(1, draws, 6), uniforms)
-    shares = torch.bincount(codes[0], minlength=6) / draws
-    assert (shares - probabilities).abs().max() < 0.01
-    assert set(codes.unique().tolist()) == {1, 3, 4}
-
-
-@pytest.mark.parametrize("edge", [0.5 / 2**32, 1 - 0.5 / 2**32])
-def test_the_most_extreme_draws_stay_among_the_kept_words(edge: float) -> None:
-    logits = torch.full((1, 1, 50), -torch.inf)
-    logits[..., 10:20] = torch.randn(10)
-    assert 10 <= int(draw_codes(logits, torch.tensor([[edge]], dtype=torch.float64))) < 20
-
-
-def test_uniform_numbers_are_spread_independent_and_stable() -> None:
-    seeds = torch.tensor([0, 1, -5, 2**63 - 1])
-    numbers = token_uniforms(seeds, 3, 5000)
-    assert bool(((numbers > 0) & (numbers < 1)).all())
-    assert (numbers.mean(1) - 0.5).abs().max() < 0.02
-    assert (numbers.std(1) - 12**-0.5).abs().max() < 0.01
-    assert torch.corrcoef(numbers).fill_diagonal_(0).abs().max() < 0.05
-    assert not torch.equal(numbers, token_uniforms(seeds, 4, 5000))
-    words = word_uniforms(seeds, 3, 10, 500)
-    assert bool(((words > 0) & (words < 1)).all())
-    assert (words.mean((1, 2)) - 0.5).abs().max() < 0.02
-
-
-def test_uniform_numbers_equal_their_definition_in_whole_numbers() -> None:
-    """Every version and device must reproduce them: the same seed means the same image."""
-
-    def mixed(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) % 2**64
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-        return x ^ (x >> 31)
-
-    for seed in (42, -7):
-        by_token = [mixed(mixed(mixed(mixed(seed % 2**64) ^ 1) ^ 9) ^ token) for token in range(3)]
-        found = token_uniforms(torch.tensor([seed]), 9, 3)[0].tolist()
-        assert found == [((number >> 32) + 0.5) / 2**32 for number in by_token]
-        by_word = [mixed(mixed(mixed(mixed(mixed(seed % 2**64) ^ 2) ^ 9) ^ 0) ^ word) for word in range(3)]
-        found = word_uniforms(torch.tensor([seed]), 9, 1, 3)[0, 0].tolist()
-        assert found == [((number >> 41) + 0.5) / 2**23 for number in by_word]
-    assert token_uniforms(torch.tensor([42]), 9, 1).item() == pytest.approx(0.024954182445071638, abs=1e-15)
 
 
 def test_an_image_depends_on_its_seed_and_label_and_not_on_its_batch() -> None:
