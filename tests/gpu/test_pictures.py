@@ -126,7 +126,8 @@ def test_samples_do_not_depend_on_the_batch(device: torch.device, stored: torch.
     assert many_BL.shape == (5, 680)
     agreement = (many_BL == one_BL).float().mean()
     print(f"agreement {agreement:.4f}")
-    assert agreement >= (0.99 if stored is None else 0.0)
+    if stored is None:
+        assert agreement >= 0.99
     assert len(many_BL.unique()) > 100
 
 
