@@ -67,7 +67,9 @@ def lacking(wheels: Sequence[Path], asked: dict[str, str]) -> list[Path]:
 
 
 def install_wheels(began_s: float) -> None:
-    wheels = lacking(sorted((BUNDLE / "wheels").glob("*.whl")), json.loads((BUNDLE / "bundle.json").read_text())["asked"])
+    wheels = lacking(
+        sorted((BUNDLE / "wheels").glob("*.whl")), json.loads((BUNDLE / "bundle.json").read_text())["asked"]
+    )
     shutil.rmtree(SITE, ignore_errors=True)
     SITE.mkdir()
     quiet = ["-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
@@ -80,7 +82,7 @@ def install_wheels(began_s: float) -> None:
 
 
 def add_kernel_packages(began_s: float) -> None:
-    """The Python part of both. mamba_ssm's own __init__ imports Mamba-1's extension and models that mvar does not use."""
+    """The Python part of both. mamba_ssm's own __init__ imports Mamba-1's extension and models mvar has no use for."""
     for name in ("mamba_ssm", "causal_conv1d"):
         source = next((BUNDLE / "src").glob(f"{name}-*"))
         shutil.copytree(source / name, SITE / name, dirs_exist_ok=True)

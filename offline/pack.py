@@ -111,7 +111,9 @@ def fetch_wheel(name: str, python: str, machine: str, folder: Path) -> None:
     built = folder / "built"
     other = pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(built), exact)
     if other is not None:
-        raise PackError(f"{exact}: no wheel for Python {python} on {machine}:\n{problem}\nnor could it be built: {other}")
+        raise PackError(
+            f"{exact}: no wheel for Python {python} on {machine}:\n{problem}\nnor could it be built: {other}"
+        )
     for wheel in built.iterdir():
         if not wheel.name.endswith("-none-any.whl"):
             raise PackError(f"{exact}: no wheel for Python {python}, and it compiles code. Pack it on a like machine.")
@@ -181,7 +183,8 @@ def pack(out: Path, python: str, machine: str, there: dict[str, str], without: s
     record = {"python": python, "machine": machine, "asked": {name: str(spec) for name, spec in asked.items()}}
     (out / "bundle.json").write_text(json.dumps(record, indent=1) + "\n")
     mib = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 2**20
-    print(f"{out}: {mib:.0f} MiB, golden numbers {'included' if golden else 'not found'}. There: python3 {out.name}/install.py")
+    print(f"{out}: {mib:.0f} MiB, golden numbers {'included' if golden else 'not found'}")
+    print(f"On the target, in its copy of this folder: python3 {out.name}/install.py")
 
 
 if __name__ == "__main__":

@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 
-from mvar import launch
 from mvar.config import TrainConfig
-from mvar.engine import Engine
-from mvar.job import Job, prepare
-from mvar.launch import World
-from mvar.objective import Objective
 from mvar.plan.memory import Setup, memory
 from mvar.plan.sizes import Sizes
+from mvar.run.world import World, finish, start
 from mvar.scales import PATCH_NUMS_256
-from tests.code_stores import make_store
-from tests.tiny_runs import settings
+from mvar.testing.code_stores import make_store
+from mvar.testing.tiny_runs import settings
+from mvar.training.engine import Engine
+from mvar.training.job import Job, prepare
+from mvar.training.objective import Objective
 
 PATCH_NUMS = (1, 2, 3, 4, 6)
 STEPS = 4
@@ -133,7 +132,7 @@ def main(group: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     measured = group == "memory"
     store = make_store(folder / "store", train=64, patch_nums=PATCH_NUMS_256 if measured else PATCH_NUMS, vocab=64)
-    world = launch.start(threads=2)
+    world = start(threads=2)
     rehearsal = world.device.type == "cpu"
     if rehearsal:
         allow_fp16_on_cpu()
@@ -156,7 +155,7 @@ def main(group: str, folder: Path) -> None:
         gc.collect()
         if not rehearsal:
             torch.cuda.empty_cache()
-    launch.finish()
+    finish()
 
 
 if __name__ == "__main__":

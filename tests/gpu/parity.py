@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mvar.errors import BackendError
 from mvar.model.attention import ScaleAttention
+from mvar.model.kernels.precision import Linear
 from mvar.model.mamba2 import DECAYS, Mamba2
-from mvar.model.precision import Linear
 
 LENGTHS_256 = tuple(side * side for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 """Tokens of the scales of a 256 px image, 680 in all."""

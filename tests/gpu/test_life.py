@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from mvar.config import EngineConfig
-from tests.code_stores import make_store
+from mvar.testing.code_stores import make_store
+from mvar.testing.tiny_runs import losses, records, write_config
 from tests.golden import REPOSITORY
-from tests.tiny_runs import losses, records, write_config
 
 pytestmark = pytest.mark.gpu
 

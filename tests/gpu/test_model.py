@@ -40,7 +40,11 @@ def reference() -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor], dict[
     labels_B = torch.randint(0, 11, (IMAGES,), generator=generator)
     x_BLC = torch.randn(IMAGES, model.pyramid.total - 1, 32, generator=generator)
     codes_BL = torch.randint(0, 512, (IMAGES, model.pyramid.total), generator=generator)
-    return model.state_dict(), (labels_B, x_BLC, codes_BL), losses_and_gradients(model, labels_B, x_BLC.double(), codes_BL)
+    return (
+        model.state_dict(),
+        (labels_B, x_BLC, codes_BL),
+        losses_and_gradients(model, labels_B, x_BLC.double(), codes_BL),
+    )
 
 
 def losses_and_gradients(model: MVAR, labels_B: Tensor, x_BLC: Tensor, codes_BL: Tensor) -> dict[str, Tensor]:

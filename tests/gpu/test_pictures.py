@@ -16,9 +16,10 @@ from torch import Tensor
 from data_prep.encoder import Encoder
 from mvar import MVAR, VQVAE, generate
 from mvar.model.init import init_weights_
+from mvar.run.world import World
 from tests.golden import golden
 from tests.gpu.parity import error
-from tests.tiny_tokenizers import ALONE, World, some_pixels, tiny_config, tiny_trainer, write_vgg
+from tests.tiny_tokenizers import ALONE, some_pixels, tiny_config, tiny_trainer, write_vgg
 
 pytestmark = pytest.mark.gpu
 
