@@ -100,6 +100,13 @@ def machine_tag(arch: str) -> str:
     return f"{python}-torch{torch.__version__}-sm{arch.replace('.', '')}-{os.uname().machine}"
 
 
+def loads(extension: Path) -> bool:
+    """Whether it can be imported here: one that was built beside a newer C library cannot."""
+    command = [sys.executable, "-c", f"import torch, {EXTENSION}"]
+    environ = os.environ | {"PYTHONPATH": str(extension.parent)}
+    return subprocess.run(command, capture_output=True, check=False, env=environ).returncode == 0
+
+
 def architecture(asked: str | None) -> str | None:
     import torch
 
@@ -114,7 +121,7 @@ def add_extension(began_s: float, arch: str | None) -> None:
         return
     tag = machine_tag(arch)
     built = BUNDLE / "built" / tag / f"{EXTENSION}.so"
-    if built.is_file():
+    if built.is_file() and loads(built):
         say(began_s, f"{EXTENSION} taken from built/{tag}")
     else:
         source = next((BUNDLE / "src").glob("causal_conv1d-*"))

@@ -178,6 +178,8 @@ def pack(out: Path, python: str, machine: str, there: dict[str, str], without: s
     golden = golden_folder()
     if golden is not None:
         shutil.copytree(golden, out / "golden")
+        for folder in (out / "golden", *(out / "golden").rglob("*/")):
+            folder.chmod(0o755)
     for script in ("install.py", "build_conv.py"):
         shutil.copy(HERE / script, out)
     record = {"python": python, "machine": machine, "asked": {name: str(spec) for name, spec in asked.items()}}
