@@ -25,6 +25,7 @@ from data_prep.job import Precision, TokenizeConfig
 from mvar.errors import BackendError
 from mvar.images.arrays import from_uint8
 from mvar.images.views import Pixels
+from mvar.model.kernels.arithmetic import products
 from mvar.run.world import cores
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
@@ -187,10 +188,8 @@ def half_features(vqvae: VQVAE) -> Callable[[Tensor], Tensor]:
 @contextmanager
 def deterministic(*, tf32: bool) -> Iterator[None]:
     """No algorithms picked by a race, and TF32 only where asked for: the same codes every time."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32),
+        products(torch.device("cuda"), tf32=tf32),
+    ):
+        yield
