@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mvar.model.kernels.arithmetic import running_sum
 from mvar.sampling.uniforms import word_uniforms
 
 
@@ -44,7 +45,7 @@ def _nucleus(logits_BLV: Tensor, ascending_BLK: Tensor, tail: float) -> tuple[Te
     weights_BLK = (ascending_BLK - ascending_BLK[..., -1:]).exp()
     total_BL1 = weights_BLK.sum(-1, keepdim=True) + unlisted_BL1 * weights_BLK[..., :1]
     share_BLK = weights_BLK / total_BL1
-    below_BLK = share_BLK.cumsum(-1) + unlisted_BL1 * share_BLK[..., :1]
+    below_BLK = running_sum(share_BLK, -1) + unlisted_BL1 * share_BLK[..., :1]
     gone_BL1 = (below_BLK <= tail).sum(-1, keepdim=True).clamp_max(ascending_BLK.shape[-1] - 1)
     threshold_BL1 = ascending_BLK.gather(-1, gone_BL1)
     places_K = torch.arange(ascending_BLK.shape[-1], device=ascending_BLK.device)
@@ -59,7 +60,7 @@ def draw_codes(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
 
     float64 sums and the fixed order keep rounding of the logits from changing a draw, but for about one in a million.
     """
-    cumulated_BLV = logits_BLV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cumulated_BLV = running_sum(logits_BLV.softmax(dim=-1), -1, torch.float64)
     aim_BL1 = (uniforms_BL * cumulated_BLV[..., -1]).unsqueeze(-1)
     return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1)
 

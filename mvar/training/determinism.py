@@ -11,6 +11,7 @@ import sys
 from collections.abc import MutableMapping
 
 import torch
+import torch.utils.deterministic
 
 from mvar.errors import ConfigError
 
@@ -54,3 +55,5 @@ def make_deterministic(environ: MutableMapping[str, str]) -> None:
     # Strictly: an operation that has no deterministic form is an error, and flash attention's backward pass takes its
     # deterministic form only so (warn_only=True would leave it as it is).
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that nobody wrote: filling it first would cost a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

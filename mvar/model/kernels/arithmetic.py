@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mvar.errors import BackendError
 
@@ -85,6 +86,21 @@ def products(device: torch.device, *, tf32: bool) -> Iterator[None]:
 def ieee(device: torch.device) -> AbstractContextManager[None]:
     """IEEE fp32 on `device` while this lasts, whatever the process allows (cudnn allows TF32 by default)."""
     return products(device, tf32=False)
+
+
+def running_sum(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`x.cumsum(dim)`, also under deterministic algorithms, where torch refuses it on GPUs whatever the shape.
+
+    Only a tensor that is one single row is summed in an order that varies; several rows have kernels of their own.
+    """
+    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()) or x.numel() == x.shape[dim]:
+        return x.cumsum(dim, dtype=dtype)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return x.cumsum(dim, dtype=dtype)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _set(matmuls: bool, convolutions: bool) -> None:
