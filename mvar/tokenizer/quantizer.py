@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvar.model.kernels.arithmetic import ieee
 from mvar.errors import ConfigError, TokenizerError
+from mvar.model.kernels.arithmetic import ieee
 from mvar.scales import ScalePyramid
 
 PHI_OF_SCALE: dict[tuple[int, int], tuple[int, ...]] = {

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvar.model.kernels.arithmetic import ieee
 from mvar.errors import ConfigError, TokenizerError
+from mvar.model.kernels.arithmetic import ieee
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.quantizer import Quantizer
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar.model.kernels.arithmetic import Switch
 from mvar.errors import BackendError
+from mvar.model.kernels.arithmetic import Switch
 from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import wide
 
