@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup setup-dev demo test test-slow test-slurm lint bench clean
+.PHONY: setup setup-dev demo test test-slow test-slurm test-gpu lint bench bench-gpu bundle clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/python -m mvar.demo $(if $(DEMO_IMAGES),--images $(DEMO_IMAGES) --out demo-own)
 
 test: setup-dev
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
@@ -38,6 +38,17 @@ test-slow: setup-dev
 # Starts a Slurm cluster of virtual nodes; without its packages, or without root, these tests skip and say why.
 test-slurm: setup-dev
 	$(BIN)/python -m pytest -m slurm --durations=0 --durations-min=1 tests/slurm
+
+# For a machine with a GPU, with the Python that is there: the .venv, or one that a bundle made ready (docs/gpu.md).
+test-gpu:
+	python3 -m pytest -m gpu tests/gpu $$(python3 -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadgroup")
+
+bench-gpu:
+	python3 -m benchmarks.gpu --json benchmarks/results/gpu.json
+
+# What a machine without network lacks (docs/offline.md). BUNDLE="--python 3.12 --target-has packages.txt"
+bundle: setup-dev
+	$(BIN)/python offline/pack.py $(BUNDLE)
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +54,17 @@ def made_up_batch(config: TrainConfig, number: int) -> Batch:
 
 
 class Run:
-    """An engine that trains on made-up batches."""
+    """An engine that trains on made-up batches. `values`: of the weights; default: as a training starts."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, world: World, values: Callable[[str, tuple[int, ...]], Tensor] | None = None
+    ) -> None:
         model = config.model
         quantizer = Quantizer(model.vocab_size, model.latent_channels, model.patch_nums)
         split = BatchSplit.of(config.global_batch, world.size, config.global_batch)
         self.config, self.done = config, 0
         self.engine = Engine(config, model, Plan.of(config, 10**6), split, Objective(quantizer, world.device), world)
-        self.engine.initialise()
+        self.engine.initialise(values)
 
     def step(self) -> None:
         self.engine.step(self.done, [made_up_batch(self.config, self.done)])

@@ -40,6 +40,10 @@ class Report:
         for key, value in self.figures.items():
             goal = f"   goal {self.goals[key]}" if key in self.goals else ""
             print(f"{self.name}: {key:32} {value:>14,.4g}{goal}")
+        self.write(json_path)
+
+    def write(self, json_path: Path | None) -> None:
+        """With a path, write all of it as JSON."""
         if json_path is not None:
             tree = {"name": self.name, "figures": self.figures, "goals": self.goals}
             tree["context"] = surroundings() | self.context

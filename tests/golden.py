@@ -15,13 +15,17 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def _folder() -> Path:
+def places() -> list[Path]:
+    """Where their folder may be, the first that exists counts."""
     named = os.environ.get("MVAR_GOLDEN")
-    places = [Path(named)] if named else [REPOSITORY / "shared/golden", REPOSITORY.parent / "shared/golden"]
-    for place in places:
+    return [Path(named)] if named else [REPOSITORY / "shared/golden", REPOSITORY.parent / "shared/golden"]
+
+
+def _folder() -> Path:
+    for place in places():
         if place.is_dir():
             return place
-    pytest.skip(f"golden files not found in {' or '.join(str(place) for place in places)}; set MVAR_GOLDEN")
+    pytest.skip(f"golden files not found in {' or '.join(map(str, places()))}; set MVAR_GOLDEN")
 
 
 def golden(part: str, *names: str) -> dict[str, Tensor]:

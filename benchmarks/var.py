@@ -1,0 +1,165 @@
+"""VAR (arXiv 2404.02905), the baseline without Mamba: attention over all coarser scales, with a key-value cache.
+
+Written from the paper for benchmarks: as wide as M-VAR (64 x depth, heads = depth), conditioned layer norms with six
+vectors a block, unit queries and keys with a temperature a head. Weights are random; nothing here loads a published
+file. It is as fast as plain torch makes it: fused attention, all arithmetic in the dtype of the weights.
+
+Shapes: B images, L tokens of the scales at hand, P tokens of these and of coarser scales, C width, H heads, D head
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvar.sampling.sampler import draw_codes, filter_logits, token_uniforms
+from mvar.scales import PATCH_NUMS_256
+from mvar.tokenizer.quantizer import Quantizer
+
+NORM_EPS = 1e-6
+
+
+class Cache:
+    """Keys and values of all tokens so far, one buffer a block for the whole image."""
+
+    def __init__(self, blocks: int, images: int, heads: int, tokens: int, width: int, like: Tensor) -> None:
+        shape = (blocks, 2, images, heads, tokens, width)
+        self.buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.filled = 0
+
+    def extend(self, block: int, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of a scale; all so far (B, H, P, D)."""
+        end = self.filled + k_BHLD.shape[2]
+        self.buffer[block, 0, :, :, self.filled : end] = k_BHLD
+        self.buffer[block, 1, :, :, self.filled : end] = v_BHLD
+        return self.buffer[block, 0, :, :, :end], self.buffer[block, 1, :, :, :end]
+
+
+class CausalAttention(nn.Module):
+    """Each token sees its own scale and all coarser ones."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.log_scale_H11 = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BLC: Tensor, mask_LL: Tensor | None, cache: Cache | None, block: int) -> Tensor:
+        q_BHLD, k_BHLD, v_BHLD = self.qkv(x_BLC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHLD = F.normalize(q_BHLD, dim=-1) * self.log_scale_H11.clamp_max(math.log(100.0)).exp().to(q_BHLD.dtype)
+        k_BHLD = F.normalize(k_BHLD, dim=-1).to(v_BHLD.dtype)
+        k_BHPD, v_BHPD = (k_BHLD, v_BHLD) if cache is None else cache.extend(block, k_BHLD, v_BHLD)
+        q_BHLD = q_BHLD.to(v_BHPD.dtype)
+        out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHPD, v_BHPD, attn_mask=mask_LL, scale=1.0)
+        out_BLC: Tensor = self.proj(out_BHLD.transpose(1, 2).flatten(2))
+        return out_BLC
+
+
+class VARBlock(nn.Module):
+    """Attention and feed-forward layer, each conditioned by a gate, a scale and a shift."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.width = width
+        self.attention = CausalAttention(width, heads)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.conditioning = nn.Linear(width, 6 * width)
+
+    def forward(
+        self, x_BLC: Tensor, cond_BC: Tensor, mask_LL: Tensor | None, cache: Cache | None, block: int
+    ) -> Tensor:
+        vectors = self.conditioning(F.silu(cond_BC)).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
+        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = vectors
+        h_BLC = torch.addcmul(shift_1, F.layer_norm(x_BLC, (self.width,), eps=NORM_EPS), 1 + scale_1)
+        x_BLC = torch.addcmul(x_BLC, self.attention(h_BLC, mask_LL, cache, block), gate_1)
+        h_BLC = torch.addcmul(shift_2, F.layer_norm(x_BLC, (self.width,), eps=NORM_EPS), 1 + scale_2)
+        return torch.addcmul(x_BLC, self.down(F.gelu(self.up(h_BLC), approximate="tanh")), gate_2)
+
+
+class VAR(nn.Module):
+    """The next-scale transformer. `width` and `heads` follow from `depth` unless given."""
+
+    def __init__(
+        self,
+        depth: int = 16,
+        num_classes: int = 1000,
+        patch_nums: Sequence[int] = PATCH_NUMS_256,
+        vocab_size: int = 4096,
+        latent_channels: int = 32,
+        *,
+        width: int | None = None,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.width, self.heads = width or 64 * depth, heads or depth
+        self.num_classes, self.vocab_size = num_classes, vocab_size
+        self.lengths = [side * side for side in patch_nums]
+        self.offsets = [0, *accumulate(self.lengths)]
+        self.classes = nn.Embedding(num_classes + 1, self.width)
+        self.words = nn.Linear(latent_channels, self.width)
+        self.levels = nn.Embedding(len(self.lengths), self.width)
+        self.start_1LC = nn.Parameter(torch.randn(1, self.lengths[0], self.width) * 0.02)
+        self.place_LC = nn.Parameter(torch.randn(self.offsets[-1], self.width) * 0.02)
+        self.blocks = nn.ModuleList(VARBlock(self.width, self.heads) for _ in range(depth))
+        self.last = nn.Linear(self.width, 2 * self.width)
+        self.head = nn.Linear(self.width, vocab_size)
+        levels = [level for level, length in enumerate(self.lengths) for _ in range(length)]
+        self.register_buffer("level_L", torch.tensor(levels), persistent=False)
+        self.level_L: Tensor
+
+    def cache(self, images: int) -> Cache:
+        head_width = self.width // self.heads
+        return Cache(len(self.blocks), images, self.heads, self.offsets[-1], head_width, self.head.weight)
+
+    def forward(self, labels_B: Tensor, x_BLC: Tensor | None, cache: Cache | None = None, scale: int = 0) -> Tensor:
+        """Logits (B, L, V) of the whole pyramid, or with a cache of `scale`, which comes after those before it.
+
+        `x_BLC`: the inputs of these tokens; the coarsest scale has none.
+        """
+        begin, end = (0, self.offsets[-1]) if cache is None else (self.offsets[scale], self.offsets[scale + 1])
+        cond_BC = self.classes(labels_B)
+        parts = [cond_BC.unsqueeze(1) + self.start_1LC] if begin == 0 else []
+        if x_BLC is not None:
+            parts.append(self.words(x_BLC.to(self.words.weight.dtype)))
+        h_BLC = torch.cat(parts, dim=1) + (self.place_LC[begin:end] + self.levels(self.level_L[begin:end]))
+        mask_LL = None if cache is not None else self.level_L.unsqueeze(1) >= self.level_L
+        for number, block in enumerate(self.blocks):
+            h_BLC = block(h_BLC, cond_BC, mask_LL, cache, number)
+        if cache is not None:
+            cache.filled = end
+        scale_BC, shift_BC = self.last(F.silu(cond_BC)).chunk(2, dim=-1)
+        h_BLC = F.layer_norm(h_BLC, (self.width,), eps=NORM_EPS)
+        logits_BLV: Tensor = self.head(torch.addcmul(shift_BC.unsqueeze(1), h_BLC, 1 + scale_BC.unsqueeze(1)))
+        return logits_BLV
+
+
+@torch.no_grad()
+def draw_latent(
+    model: VAR,
+    quantizer: Quantizer,
+    labels_B: Tensor,
+    cfg: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    seeds: Iterable[int] = (),
+) -> Tensor:
+    """Feature maps (B, C, h, w), drawn as `mvar.sampling` draws them: same guidance, filters, numbers and quantizer."""
+    seeds_B = torch.tensor(list(seeds), dtype=torch.int64, device=labels_B.device)
+    doubled_B = torch.cat((labels_B, torch.full_like(labels_B, model.num_classes)))
+    cache, f_hat_BChw = model.cache(len(doubled_B)), quantizer.start(len(labels_B), labels_B.device)
+    inputs_BLC: Tensor | None = None
+    for scale, _ in enumerate(model.lengths):
+        x_BLC = None if inputs_BLC is None else inputs_BLC.repeat(2, 1, 1)
+        with_class_BLV, without_BLV = model(doubled_B, x_BLC, cache, scale).float().chunk(2)
+        strength = cfg * scale / max(len(model.lengths) - 1, 1)
+        logits_BLV = filter_logits((1 + strength) * with_class_BLV - strength * without_BLV, top_k, top_p)
+        codes_BL = draw_codes(logits_BLV, token_uniforms(seeds_B, scale, logits_BLV.shape[1]))
+        f_hat_BChw, inputs_BLC = quantizer.add_scale(f_hat_BChw, codes_BL, scale)
+    return f_hat_BChw

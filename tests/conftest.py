@@ -1,0 +1,12 @@
+"""Tests run on the CPU, also where there are GPUs: many of them start two processes, which want a GPU each."""
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, before anything asks torch for them, unless the tests that need one are asked for."""
+    asked_for = config.option.markexpr == "gpu" or any("tests/gpu" in argument for argument in config.args)
+    if not asked_for or os.environ.get("MVAR_GPU_TESTS_ON", "cuda") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
