@@ -71,6 +71,7 @@ def compare(
 # ---- residual and norm
 
 RESIDUAL_NAMES = ("new", "y", "dx", "dh", "dgate", "dscale", "dshift")
+NORM_NAMES = ("new", "y", "dx", "dscale", "dshift")
 
 
 def residual_inputs(batch: int, length: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -83,31 +84,28 @@ def residual_inputs(batch: int, length: int, width: int, dtype: torch.dtype) -> 
 
 def residual_case(batch: int, length: int, width: int, dtype: torch.dtype, kind: str = "whole") -> Differences:
     """`kind`: which inputs or uses are left out."""
-    from mvar.model.kernels import residual_norm as module
+    from mvar.model.kernels import fused
 
     x, h, gate, scale, shift = residual_inputs(batch, length, width, dtype)
     dnew, dy = torch.randn(2, batch, length, width).unbind()
     dy = dy.to(dtype)
     if kind == "residual only":
-        return compare(("new", "dx", "dh", "dgate"), module.residual, module.plain_residual, (x, h, gate), (dnew,))
+        return compare(("new", "dx", "dh", "dgate"), fused.residual, fused.residual, (x, h, gate), (dnew,))
     if kind == "strided":
         x, h = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, h))
-    inputs = (x, None, None, scale, shift) if kind == "norm only" else (x, h, gate, scale, shift)
     cotangents = (None if kind == "new unused" else dnew, None if kind == "y unused" else dy)
-    return compare(
-        RESIDUAL_NAMES,
-        partial(module.residual_norm, dtype=dtype),
-        partial(module.plain_residual_norm, dtype=torch.float64),
-        inputs,
-        cotangents,
-    )
+    if kind == "norm only":
+        names, function, inputs = NORM_NAMES, fused.modulated_norm, [x, scale, shift]
+    else:
+        names, function, inputs = RESIDUAL_NAMES, fused.residual_norm, [x, h, gate, scale, shift]
+    return compare(names, partial(function, dtype=dtype), partial(function, dtype=torch.float64), inputs, cotangents)
 
 
 # ---- q and k
 
 
 def qk_case(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, kind: str = "whole") -> Differences:
-    from mvar.model.kernels import qk_norm as module
+    from mvar.model.kernels import fused
 
     torch.manual_seed(0)
     qkv = torch.randn(batch, length, 3, heads, width)
@@ -120,9 +118,9 @@ def qk_case(batch: int, length: int, heads: int, width: int, dtype: torch.dtype,
         cotangents = list(torch.randn(batch, length, 3, heads, width).to(dtype).unbind(2))
     return compare(
         ("q", "k", "v", "dqkv", "dscale"),
-        partial(module.qk_norm, dtype=dtype),
-        partial(module.plain_qk_norm, dtype=torch.float64),
-        (qkv.to(dtype), torch.rand(heads) * 10),
+        partial(fused.unit_heads, dtype=dtype),
+        partial(fused.unit_heads, dtype=torch.float64),
+        (qkv.to(dtype), torch.rand(heads, 1) * 10),
         cotangents,
     )
 
@@ -136,7 +134,7 @@ def gated_formula(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 
 
 def gated_case(batch: int, length: int, width: int, dtype: torch.dtype, kind: str = "whole") -> Differences:
-    from mvar.model.kernels.gated_norm import gated_norm
+    from mvar.model.kernels.fused import gated_norm
 
     torch.manual_seed(0)
     rows = torch.randn(batch, length, width + (14 if kind == "strided" else 0)).to(dtype)
@@ -155,12 +153,10 @@ def gated_case(batch: int, length: int, width: int, dtype: torch.dtype, kind: st
 
 def chained(x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
     """All three in a row, with a matrix product between."""
-    from mvar.model.kernels.gated_norm import gated_norm
-    from mvar.model.kernels.qk_norm import qk_norm
-    from mvar.model.kernels.residual_norm import residual, residual_norm
+    from mvar.model.kernels.fused import gated_norm, residual, residual_norm, unit_heads
 
     x, y = residual_norm(x, h, gate, scale, shift, h.dtype)
-    q, k, v = qk_norm((y @ weight).unflatten(-1, (3, -1, 16)), scale[0, :2].exp(), h.dtype)
+    q, k, v = unit_heads((y @ weight).unflatten(-1, (3, -1, 16)), scale[0, :2].exp(), h.dtype)
     y = gated_norm(v.flatten(2), (q * k).flatten(2), shift[0, :32], 1e-5)
     return residual(x, torch.cat((y, y), -1), gate)
 
@@ -186,8 +182,7 @@ def recomputation() -> Differences:
 
 def kept() -> dict[str, float]:
     """Bytes kept for the backward pass, divided by what is needed anyway: x', h, and two numbers a row; qkv."""
-    from mvar.model.kernels.qk_norm import qk_norm
-    from mvar.model.kernels.residual_norm import residual_norm
+    from mvar.model.kernels.fused import residual_norm, unit_heads
 
     def bytes_of(function: Callable[..., Any], *inputs: Tensor) -> int:
         seen: dict[int, int] = {}
@@ -207,7 +202,7 @@ def kept() -> dict[str, float]:
     return {
         "residual": bytes_of(partial(residual_norm, dtype=torch.bfloat16), x, h, gate, scale, shift)
         / (x.nbytes + h.nbytes),
-        "qk": bytes_of(partial(qk_norm, dtype=torch.bfloat16), qkv, torch.ones(2)) / qkv.nbytes,
+        "qk": bytes_of(partial(unit_heads, dtype=torch.bfloat16), qkv, torch.ones(2)) / qkv.nbytes,
     }
 
 
@@ -256,4 +251,9 @@ def long_cases() -> dict[str, dict[str, float]]:
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    print(json.dumps(long_cases() if "long" in sys.argv else short_cases()))
+    from mvar.model.kernels import fused as chains
+
+    chains.switch(True)
+    with chains.eager():  # What our kernels do not take, float64, is computed plainly.
+        found = long_cases() if "long" in sys.argv else short_cases()
+    print(json.dumps(found))

@@ -82,7 +82,7 @@ class Block(nn.Module):
         gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.chunk(3, dim=1))
         if drop_path_GB is not None:
             gates_GBC = [gate * kept.to(gate).unsqueeze(-1) for gate, kept in zip(gates_GBC, drop_path_GB, strict=True)]
-        h_BLC = self.norms.first(x_BLC, scales_GBC[0], shifts_GBC[0], dtype)
+        x_BLC, h_BLC = self.norms.first(x_BLC, scales_GBC[0], shifts_GBC[0], dtype)
         out_BLC = self.attn(h_BLC, lengths)
         x_BLC, h_BLC = self.norms.after(x_BLC, out_BLC, gates_GBC[0], scales_GBC[1], shifts_GBC[1], dtype)
         out_BLC = self.mamba(h_BLC, state)

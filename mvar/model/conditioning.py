@@ -34,8 +34,8 @@ def project(layers: nn.Sequential, cond_BC: Tensor, vectors: int, dtype: torch.d
 class Norms:
     """A layer norm without parameters, modulated by a scale and a shift for each image; see `kernels.fused`."""
 
-    first: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-    """x, scale, shift, dtype -> LN(x) * (1 + scale) + shift in dtype."""
+    first: Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    """x, scale, shift, dtype -> x to go on from, and LN(x) * (1 + scale) + shift in dtype."""
     after: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
     """x, out, gate, scale, shift, dtype -> x + gate * out, and the modulated norm of that."""
 
@@ -52,14 +52,13 @@ def norms(width: int, backend: NormBackend) -> Norms:
         "Build NVIDIA apex with its CUDA extensions (requirements-gpu.txt), or use model.norm_backend=torch.",
     )(width, eps=fused.NORM_EPS, elementwise_affine=False)
 
-    def first(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.addcmul(shift_BC.unsqueeze(1), norm(x_BLC), 1 + scale_BC.unsqueeze(1)).to(dtype)
+    def first(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return x_BLC, torch.addcmul(shift_BC.unsqueeze(1), norm(x_BLC), 1 + scale_BC.unsqueeze(1)).to(dtype)
 
     def after(
         x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        x_BLC = fused.residual(x_BLC, out_BLC, gate_BC)
-        return x_BLC, first(x_BLC, scale_BC, shift_BC, dtype)
+        return first(fused.residual(x_BLC, out_BLC, gate_BC), scale_BC, shift_BC, dtype)
 
     return Norms(first, after)
 
@@ -81,4 +80,4 @@ class ConditionedNorm(nn.Module):
     def forward(self, x_BLC: Tensor, cond_BC: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, L, C) wide and (B, C) -> (B, L, C) wide. `dtype`: the compute dtype."""
         scale_BC, shift_BC = project(self.ada_lin, cond_BC, 2, dtype).unbind(1)
-        return self.norms.first(x_BLC, scale_BC, shift_BC, wide(x_BLC.dtype))
+        return self.norms.first(x_BLC, scale_BC, shift_BC, wide(x_BLC.dtype))[1]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mvar.model.kernels import fused
 from mvar.model.kernels import mamba_ssm as mamba_kernels
 from mvar.model.kernels.arithmetic import tf32_allowed
-from mvar.model.kernels.mamba_ops import causal_conv, gated_norm
+from mvar.model.kernels.mamba_ops import causal_conv
 from mvar.model.kernels.mamba_ssm import MambaBackend
 from mvar.model.kernels.precision import Linear, no_autocast, wide
 from mvar.model.kernels.ssd import ssd
@@ -67,9 +67,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y_BLI: Tensor, z_BLI: Tensor) -> Tensor:
         """(B, L, 2C) -> the same."""
-        if fused.compiled():
-            return fused.gated_norm(y_BLI, z_BLI, self.weight.view_as(self.weight), NORM_EPS)
-        return gated_norm(y_BLI, z_BLI, self.weight, NORM_EPS)
+        return fused.gated_norm(y_BLI, z_BLI, self.weight.view_as(self.weight), NORM_EPS)
 
 
 class Mamba2(nn.Module):

@@ -1,7 +1,8 @@
-"""What happens between matrix products: chains of small operations, which `torch.compile` can make one kernel each.
+"""What happens between matrix products: chains of small operations that become one kernel each, way and back.
 
-A chain is a pure function of tensors. It holds no parameter, so that DeepSpeed's hooks, recomputation and autocast see
-the same thing whether it is compiled or not. `switch` says for the whole process whether chains are compiled.
+On a GPU the chains of a block have Triton kernels of our own; `torch.compile` makes the others' and those of a CPU. A
+chain is a pure function of tensors. It holds no parameter, so that DeepSpeed's hooks, recomputation and autocast see
+the same thing however it runs. `switch` says for the whole process whether chains are fused.
 
 Shapes: B batch, L tokens, C width, H heads, D head width, I inner channels, N tokens of all images, V vocabulary.
 """
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvar.errors import BackendError
+from mvar.model.kernels import mamba_ops
 from mvar.model.kernels.arithmetic import Switch
+from mvar.model.kernels.launch import usable
 from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import wide
 
@@ -31,7 +34,8 @@ LARGE = (8, 512)
 VARIANTS = 64
 """Compiled forms a chain may have, by shapes, dtypes and what needs a gradient. torch gives up at 8."""
 
-_compiled = False
+_fused = False
+_compiling = True
 
 
 def chain(function: Callable[P, T]) -> Callable[P, T]:
@@ -39,7 +43,7 @@ def chain(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
-        return (_compiled_form(function) if _compiled else function)(*args, **options)
+        return (_compiled_form(function) if compiled() else function)(*args, **options)
 
     return call
 
@@ -73,24 +77,30 @@ def choose(setting: Switch, device: torch.device, depth: int, width: int) -> Cho
 
 
 def switch(on: bool) -> None:
-    """Compile chains in this process from now on, or not."""
-    global _compiled
-    _compiled = on
+    """Fuse chains in this process from now on, or not."""
+    global _fused
+    _fused = on
 
 
 def compiled() -> bool:
-    return _compiled
+    """Whether `torch.compile` makes the kernels of chains that have none of our own."""
+    return _fused and _compiling
 
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Nothing compiled while this lasts: for a few calls in shapes that do not come again."""
-    before = _compiled
-    switch(False)
+    """Nothing is compiled while this lasts: for a few calls in shapes that do not come again."""
+    global _compiling
+    before, _compiling = _compiling, False
     try:
         yield
     finally:
-        switch(before)
+        _compiling = before
+
+
+def _ours(x: Tensor, *others: Tensor) -> bool:
+    """Whether our own kernels take these tensors, rows of x's width."""
+    return _fused and usable(x, *others, width=x.shape[-1])
 
 
 def _try_on_cpu() -> None:
@@ -113,23 +123,78 @@ def _three_x(x: Tensor) -> Tensor:
 # ---- the chains
 
 
+def modulated_norm(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x, and LN(x) * (1 + scale) + shift in `dtype`, with wide statistics.
+
+    Whoever goes on from the x that is returned spares the backward pass an addition of whole activations.
+    """
+    if x_BLC.dtype == torch.float32 and dtype != torch.float64 and _ours(x_BLC):
+        from mvar.model.kernels import residual_norm_triton
+
+        x_BLC, y_BLC = residual_norm_triton.fused(x_BLC, None, None, scale_BC, shift_BC, dtype, NORM_EPS)
+        assert y_BLC is not None
+        return x_BLC, y_BLC
+    return x_BLC, _modulated_chain(x_BLC, scale_BC, shift_BC, dtype)
+
+
+def residual(x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor) -> Tensor:
+    """x + gate * out, wide."""
+    if x_BLC.dtype == torch.float32 and _ours(x_BLC, out_BLC):
+        from mvar.model.kernels import residual_norm_triton
+
+        return residual_norm_triton.fused(x_BLC, out_BLC, gate_BC, None, None, x_BLC.dtype, NORM_EPS)[0]
+    return _residual_chain(x_BLC, out_BLC, gate_BC)
+
+
+def residual_norm(
+    x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`residual`, and the modulated norm of that."""
+    if x_BLC.dtype == torch.float32 and dtype != torch.float64 and _ours(x_BLC, out_BLC):
+        from mvar.model.kernels import residual_norm_triton
+
+        x_BLC, y_BLC = residual_norm_triton.fused(x_BLC, out_BLC, gate_BC, scale_BC, shift_BC, dtype, NORM_EPS)
+        assert y_BLC is not None
+        return x_BLC, y_BLC
+    return _residual_norm_chain(x_BLC, out_BLC, gate_BC, scale_BC, shift_BC, dtype)
+
+
+def unit_heads(qkv_BL3HD: Tensor, scale_H1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, each (B, L, H, D) in `dtype`: q and k as unit vectors, q times the heads' scales. Norms are wide."""
+    head_width = qkv_BL3HD.shape[-1]
+    whole_blocks = head_width & (head_width - 1) == 0 and 16 <= head_width <= 256
+    if whole_blocks and dtype == qkv_BL3HD.dtype and _ours(qkv_BL3HD):
+        from mvar.model.kernels import qk_norm_triton
+
+        return qk_norm_triton.fused(qkv_BL3HD, scale_H1.flatten(), UNIT_FLOOR)
+    return _unit_heads_chain(qkv_BL3HD, scale_H1, dtype)
+
+
+def gated_norm(y_BLI: Tensor, z_BLI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
+    """RMS norm of y * SiLU(z) times `weight`, computed wide, in y's dtype. `z_BLI` may be a slice of wider rows."""
+    if _ours(y_BLI, z_BLI, weight_I):
+        from mvar.model.kernels import gated_norm_triton
+
+        return gated_norm_triton.fused(y_BLI, z_BLI, weight_I, eps)
+    if compiled():
+        return _gated_norm_chain(y_BLI, z_BLI, weight_I, eps)
+    return mamba_ops.gated_norm(y_BLI, z_BLI, weight_I, eps)
+
+
 @chain
-def modulated_norm(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype) -> Tensor:
-    """LN(x) * (1 + scale) + shift in `dtype`, with wide statistics."""
+def _modulated_chain(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype) -> Tensor:
     return _modulated(x_BLC, scale_BC, shift_BC, dtype)
 
 
 @chain
-def residual(x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor) -> Tensor:
-    """x + gate * out, wide."""
+def _residual_chain(x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor) -> Tensor:
     return _residual(x_BLC, out_BLC, gate_BC)
 
 
 @chain
-def residual_norm(
+def _residual_norm_chain(
     x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`residual`, and `modulated_norm` of that."""
     x_BLC = _residual(x_BLC, out_BLC, gate_BC)
     return x_BLC, _modulated(x_BLC, scale_BC, shift_BC, dtype)
 
@@ -144,8 +209,7 @@ def _modulated(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.d
 
 
 @chain
-def unit_heads(qkv_BL3HD: Tensor, scale_H1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, each (B, L, H, D) in `dtype`: q and k as unit vectors, q times the heads' scales. Norms are wide."""
+def _unit_heads_chain(qkv_BL3HD: Tensor, scale_H1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     q_BLHD, k_BLHD, v_BLHD = qkv_BL3HD.unbind(2)
     if torch.compiler.is_compiling():
         v_BLHD = v_BLHD.clone()  # As a view of qkv, its gradient would be an addition of its own.
@@ -160,8 +224,7 @@ def _unit(x_BLHD: Tensor, dtype: torch.dtype, scale_H1: Tensor | None = None) ->
 
 
 @chain
-def gated_norm(y_BLI: Tensor, z_BLI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
-    """RMS norm of y * SiLU(z) times `weight`, computed wide, in y's dtype. `mamba_ops` has the form to run eagerly."""
+def _gated_norm_chain(y_BLI: Tensor, z_BLI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     dtype = wide(y_BLI.dtype)
     gated_BLI = y_BLI.to(dtype) * F.silu(z_BLI.to(dtype))
     inverse_BL1 = (gated_BLI.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -1,4 +1,4 @@
-"""`qk_norm` as two Triton kernels. The backward pass writes the gradient of the whole projection, v's part included.
+"""`fused.unit_heads` as two Triton kernels. Backward writes the gradient of the whole projection, v's part included.
 
 A program owns a run of tokens and a group of heads: the largest power of two that divides their number, so that no lane
 is idle, whatever the depth. A head is at least one whole line of memory.

@@ -1,4 +1,4 @@
-"""`residual_norm` as two Triton kernels: one pass over the tokens forward, one backward.
+"""`fused.residual_norm` as two Triton kernels: one pass over the tokens forward, one backward.
 
 A program owns a run of rows of one image, so that the image's vectors are read once for many rows and their gradients
 add up in registers. Programs write what they have added up side by side; one more sum in a fixed order ends it.

@@ -67,7 +67,7 @@ def test_the_gated_norm_to_be_compiled_is_the_one_that_runs_eagerly() -> None:
     norm = GatedNorm(6).double()
     torch.nn.init.normal_(norm.weight)
     y, z = randn(2, 5, 6), randn(2, 5, 6)
-    same((fused.gated_norm(y, z, norm.weight, 1e-5),), (norm(y, z),), [y, z, norm.weight])
+    same((fused._gated_norm_chain(y, z, norm.weight, 1e-5),), (norm(y, z),), [y, z, norm.weight])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -92,7 +92,7 @@ def test_a_switch_decides_for_all_chains(monkeypatch: pytest.MonkeyPatch) -> Non
     with fused.eager():
         fused.residual(x, x, vector)
     fused.modulated_norm(x, vector, vector, torch.float32)
-    assert [function.__name__ for function in compiled] == ["residual", "modulated_norm"]
+    assert [function.__name__ for function in compiled] == ["_residual_chain", "_modulated_chain"]
 
 
 def test_auto_compiles_where_it_pays_and_works_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

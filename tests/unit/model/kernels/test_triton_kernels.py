@@ -11,11 +11,7 @@ import pytest
 import torch
 
 from mvar.model.kernels import launch
-from mvar.model.kernels.gated_norm import gated_norm
 from mvar.model.kernels.launch import block, cut, obstacle, usable, warps
-from mvar.model.kernels.mamba_ops import gated_norm as tiled_gated_norm
-from mvar.model.kernels.qk_norm import plain_qk_norm, qk_norm
-from mvar.model.kernels.residual_norm import plain_residual, plain_residual_norm, residual, residual_norm
 from tests.golden import REPOSITORY
 
 Found = dict[str, dict[str, float]]
@@ -110,21 +106,3 @@ def test_why_kernels_are_not_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     launch._installed.cache_clear()
     assert obstacle(x) == "the package triton is not installed"
     launch._installed.cache_clear()
-
-
-def test_elsewhere_plain_torch_computes_the_same_functions() -> None:
-    torch.manual_seed(0)
-    x, h = torch.randn(2, 2, 3, 64, dtype=torch.float64).unbind()
-    gate, scale, shift = torch.randn(3, 2, 64, dtype=torch.float64).unbind()
-    for found, expected in zip(
-        residual_norm(x, h, gate, scale, shift, torch.float64),
-        plain_residual_norm(x, h, gate, scale, shift, torch.float64),
-        strict=True,
-    ):
-        assert torch.equal(found, expected)
-    assert torch.equal(residual(x, h, gate), plain_residual(x, h, gate))
-    qkv = torch.randn(2, 3, 3, 4, 16, dtype=torch.float64)
-    scales = torch.rand(4, dtype=torch.float64)
-    for found, expected in zip(qk_norm(qkv, scales, qkv.dtype), plain_qk_norm(qkv, scales, qkv.dtype), strict=True):
-        assert torch.equal(found, expected)
-    assert torch.equal(gated_norm(x, h, gate[0], 1e-5), tiled_gated_norm(x, h, gate[0], 1e-5))
