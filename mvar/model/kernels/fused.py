@@ -22,7 +22,8 @@ from mvar.model.kernels.arithmetic import Switch
 from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import wide
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NORM_EPS = 1e-6
 UNIT_FLOOR = 1e-12
@@ -39,7 +40,8 @@ def chain(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
-        return (_compiled_form(function) if _compiled else function)(*args, **options)
+        form: Callable[P, T] = _compiled_form(function) if _compiled else function
+        return form(*args, **options)
 
     return call
 
