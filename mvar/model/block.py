@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mvar.model.attention import AttentionBackend, ScaleAttention
 from mvar.model.conditioning import NormBackend, norms, project, projection
 from mvar.model.kernels import fused
+from mvar.model.kernels.mamba_ssm import MambaBackend
 from mvar.model.kernels.precision import Linear, wide
-from mvar.model.mamba2 import Mamba2, MambaBackend, MambaState
+from mvar.model.mamba2 import Mamba2, MambaState
 
 BRANCHES = 3
 """Residual branches of a block, in order: attention, Mamba-2, feed-forward."""
@@ -81,7 +82,7 @@ class Block(nn.Module):
         vectors_B9C = vectors_B9C.to(wide(x_BLC.dtype))
         gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.chunk(3, dim=1))
         if drop_path_GB is not None:
-            gates_GBC = [gate * kept.to(gate).unsqueeze(-1) for gate, kept in zip(gates_GBC, drop_path_GB, strict=True)]
+            gates_GBC = tuple(g * kept.to(g).unsqueeze(-1) for g, kept in zip(gates_GBC, drop_path_GB, strict=True))
         x_BLC, h_BLC = self.norms.first(x_BLC, scales_GBC[0], shifts_GBC[0], dtype)
         out_BLC = self.attn(h_BLC, lengths)
         x_BLC, h_BLC = self.norms.after(x_BLC, out_BLC, gates_GBC[0], scales_GBC[1], shifts_GBC[1], dtype)

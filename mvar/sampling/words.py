@@ -28,9 +28,10 @@ def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
     if nucleus:
         threshold_BL1, ties_BL1 = _nucleus(logits_BLV, ascending_BLK, 1 - top_p)
     removed_BLV = logits_BLV < threshold_BL1
-    if ties_BL1 is not None and bool(ties_BL1.any()):
+    # Ties are rare. Where the host computes it may look; a device would be waited for.
+    if ties_BL1 is not None and (ties_BL1.device.type != "cpu" or bool(ties_BL1.any())):
         tied_BLV = logits_BLV == threshold_BL1
-        removed_BLV |= tied_BLV & (tied_BLV.cumsum(dim=-1) <= ties_BL1)
+        removed_BLV |= tied_BLV & (tied_BLV.cumsum(dim=-1, dtype=torch.int32) <= ties_BL1)
     return logits_BLV.masked_fill(removed_BLV, -torch.inf)
 
 
@@ -62,7 +63,8 @@ def draw_codes(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
     """
     cumulated_BLV = running_sum(logits_BLV.softmax(dim=-1), -1, torch.float64)
     aim_BL1 = (uniforms_BL * cumulated_BLV[..., -1]).unsqueeze(-1)
-    return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1)
+    # Without the bound, logits that are not finite would name a word that there is none of.
+    return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1).clamp_max(logits_BLV.shape[-1] - 1)
 
 
 def mix_words(logits_BLV: Tensor, words_VC: Tensor, seeds_B: Tensor, scale: int, progress: float) -> Tensor:

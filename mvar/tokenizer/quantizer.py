@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mvar.errors import ConfigError, TokenizerError
 from mvar.model.kernels.arithmetic import ieee
+from mvar.model.kernels.precision import no_autocast
 from mvar.scales import ScalePyramid
 
 PHI_OF_SCALE: dict[tuple[int, int], tuple[int, ...]] = {
@@ -155,7 +156,7 @@ class Quantizer(nn.Module):
         `kept_scales_B` (int64, 1 to S): scales that make up each image's `f_hat_BChw`; all by default.
         """
         f_BChw = self._checked(f_BChw)
-        with _exact(f_BChw.device):
+        with _exact(f_BChw):
             steps = self._residual_steps(f_BChw)
             codebook = torch.stack([F.mse_loss(f_hat, f_BChw.detach()) for f_hat in steps.f_hats_k]).mean()
             commitment = torch.stack([F.mse_loss(f_BChw, f_hat.detach()) for f_hat in steps.f_hats_k]).mean()
@@ -168,7 +169,7 @@ class Quantizer(nn.Module):
 
     def nearest(self, rows_NC: Tensor) -> Tensor:
         """The word nearest to each row by squared Euclidean distance: float32 (N, C) -> int64 (N,)."""
-        with torch.no_grad(), _exact(rows_NC.device):
+        with torch.no_grad(), _exact(rows_NC):
             return self._nearest(rows_NC.float(), self._half_norms_V())
 
     def shrunk(self, f_BChw: Tensor, scale: int) -> Tensor:
@@ -195,7 +196,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def add_words(self, f_hat_BChw: Tensor, words_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """As `add_scale`, from vectors (B, Lk, C) that need not be words: smoothed sampling mixes words."""
-        with _exact(f_hat_BChw.device):
+        with _exact(f_hat_BChw):
             f_hat_BChw = f_hat_BChw + self._mended(words_BLC, scale)
             if scale + 1 == self.pyramid.num_scales:
                 return f_hat_BChw, None
@@ -246,7 +247,7 @@ class Quantizer(nn.Module):
 
     def _residual_steps(self, f_BChw: Tensor) -> _Steps:
         """Take what the coarser scales left, scale by scale (Algorithm 1)."""
-        with _exact(f_BChw.device):
+        with _exact(f_BChw):
             half_norms_V = self._half_norms_V()
             rest_BChw = f_BChw.detach()
             f_hat_BChw = torch.zeros_like(f_BChw)
@@ -307,9 +308,9 @@ class _Steps:
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def _exact(tensor: Tensor) -> Iterator[None]:
     """Neither autocast nor TF32: codes are a format, and residual quantization amplifies small errors."""
-    with torch.autocast(device.type, enabled=False), ieee(device):
+    with no_autocast(tensor), ieee(tensor.device):
         yield
 
 

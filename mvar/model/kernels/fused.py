@@ -25,7 +25,8 @@ from mvar.model.kernels.launch import usable
 from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import wide
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NORM_EPS = 1e-6
 UNIT_FLOOR = 1e-12
@@ -43,7 +44,8 @@ def chain(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
-        return (_compiled_form(function) if compiled() else function)(*args, **options)
+        form: Callable[P, T] = _compiled_form(function) if compiled() else function
+        return form(*args, **options)
 
     return call
 
