@@ -16,6 +16,7 @@ ON = os.environ.get("MVAR_GPU_TESTS_ON", "cuda")
 # One configuration for each of mamba-ssm's kernels. Otherwise each process compiles all, minutes of them, to time them.
 os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 os.environ.setdefault("CAUSAL_CONV1D_DETERMINISTIC", "1")
+os.environ.pop("TRITON_CACHE_AUTOTUNING", None)  # it would have them compiled and timed after all
 if ON == "interpreter":
     from tests.mamba_interpreter import install
 

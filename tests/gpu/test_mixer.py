@@ -8,7 +8,11 @@ Shapes: B images, L tokens, C width.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mvar.model.mamba2 import Mamba2, MambaBackend, MambaState
+from tests.golden import REPOSITORY
 from tests.gpu.conftest import ON
 from tests.gpu.parity import (
     BANDS,
@@ -142,3 +147,14 @@ def test_one_layer_of_true_width_equals_float64(device: torch.device, rehearsal:
     found, wanted = run_whole(device, "auto", width, 2, mode)
     assert_near(found, wanted, BANDS[mode.dtype])
     run_carried(device, "auto", width, 2, mode)
+
+
+@pytest.mark.xdist_group("tuned")
+def test_kernels_as_users_run_them_equal_float64(device: torch.device) -> None:
+    """Tuned, and adding with atomics, in a process of its own. The first time on a machine it takes two minutes."""
+    if device.type == "cpu":
+        pytest.skip("nothing is tuned on a CPU")
+    environ = os.environ | {"MAMBA_DETERMINISTIC": "0", "CAUSAL_CONV1D_DETERMINISTIC": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "true_width"]
+    done = subprocess.run(command, env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:]

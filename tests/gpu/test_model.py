@@ -32,7 +32,7 @@ GEOMETRY: dict[str, Any] = {"depth": 2, "num_classes": 10, "vocab_size": 512, "w
 
 @lru_cache
 def reference() -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """Weights, (labels, inputs, codes), and in float64: losses of all tokens and gradients of their mean."""
+    """Weights, (labels, inputs, codes), and in float64: losses of all tokens and gradients of their sum."""
     model = MVAR(**GEOMETRY, attention_backend="sdpa", mamba_backend="torch")
     init_weights_(model, 0, init_gamma=0.3, init_head=1.0, init_conditioning=1.0)
     model.double()
@@ -49,7 +49,7 @@ def reference() -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor], dict[
 
 def losses_and_gradients(model: MVAR, labels_B: Tensor, x_BLC: Tensor, codes_BL: Tensor) -> dict[str, Tensor]:
     loss_BL, *_ = model(labels_B, x_BLC, codes_BL=codes_BL)
-    loss_BL.mean().backward()
+    loss_BL.sum().backward()  # not the mean: in float16 its gradients would vanish, without a loss scale
     found = {"losses": loss_BL.detach()}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
