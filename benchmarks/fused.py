@@ -9,7 +9,7 @@ NAME_vs_eager       eager torch's time divided by ours
 NAME_vs_compiled    torch.compile's time divided by ours
 
 residual_norm       gated residual, then the next branch's modulated layer norm
-qk_norm             unit vectors of q and k out of the projection's output; v's gradient joins theirs in one buffer
+unit_heads          unit vectors of q and k out of the projection's output; v's gradient joins theirs in one buffer
 gated_norm          RMS norm of y * SiLU(z) after Mamba-2's scan
 """
 
@@ -27,10 +27,8 @@ from torch import Tensor
 
 from benchmarks.harness import Report, parser, side_by_side, spread
 from benchmarks.roofline import copy_gib_s
-from mvar.model.kernels.gated_norm import gated_norm
+from mvar.model.kernels import fused
 from mvar.model.kernels.launch import obstacle
-from mvar.model.kernels.qk_norm import plain_qk_norm, qk_norm
-from mvar.model.kernels.residual_norm import plain_residual_norm, residual_norm
 
 HEAD_WIDTH = 64
 REPEATS = 20
@@ -59,8 +57,24 @@ class Chain:
             torch.autograd.grad(results, self.inputs, results)
 
 
+def plain_residual_norm(
+    x_BLC: Tensor, h_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The formula of `fused.residual_norm`."""
+    x_BLC = x_BLC + h_BLC.float() * gate_BC.unsqueeze(1)
+    normed_BLC = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=fused.NORM_EPS)
+    return x_BLC, torch.addcmul(shift_BC.unsqueeze(1), normed_BLC, 1 + scale_BC.unsqueeze(1)).to(dtype)
+
+
+def plain_unit_heads(qkv_BL3HD: Tensor, scale_H1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula of `fused.unit_heads`, computed wide."""
+    q_BLHD, k_BLHD, v_BLHD = qkv_BL3HD.unbind(2)
+    q_BLHD, k_BLHD = (F.normalize(part.float(), dim=-1) for part in (q_BLHD, k_BLHD))
+    return (q_BLHD * scale_H1).to(dtype), k_BLHD.to(dtype), v_BLHD.to(dtype)
+
+
 def plain_gated_norm(y_BLI: Tensor, z_BLI: Tensor, weight_I: Tensor) -> Tensor:
-    """The formula of `gated_norm`, computed wide."""
+    """The formula of `fused.gated_norm`, computed wide."""
     gated_BLI = y_BLI.float() * F.silu(z_BLI.float())
     return (gated_BLI * torch.rsqrt(gated_BLI.square().mean(-1, keepdim=True) + 1e-5) * weight_I).to(y_BLI.dtype)
 
@@ -81,23 +95,23 @@ def chains(images: int, tokens: int, width: int, device: torch.device) -> list[C
         # x and h in, x' and y out; x', h and both gradients in, dx and dh out.
         Chain(
             "residual_norm",
-            partial(residual_norm, dtype=DTYPE),
+            partial(fused.residual_norm, dtype=DTYPE),
             partial(plain_residual_norm, dtype=DTYPE),
             (x_BLC, h_BLC, vectors_B9C[:, 0], vectors_B9C[:, 3], vectors_B9C[:, 6]),
             (4 + 2 + 4 + 2 + 4 + 2 + 4 + 2 + 4 + 2) * elements,
         ),
         # q and k in and out; q, k and three gradients in, three out.
         Chain(
-            "qk_norm",
-            partial(qk_norm, dtype=DTYPE),
-            partial(plain_qk_norm, dtype=DTYPE),
-            (qkv_BL3HD, random(heads).exp()),
+            "unit_heads",
+            partial(fused.unit_heads, dtype=DTYPE),
+            partial(plain_unit_heads, dtype=DTYPE),
+            (qkv_BL3HD, random(heads, 1).exp()),
             2 * (4 + 8) * elements,
         ),
         # y and z in, one out; both and the gradient in, two out. Rows are twice as wide.
         Chain(
             "gated_norm",
-            partial(gated_norm, eps=1e-5),
+            partial(fused.gated_norm, eps=1e-5),
             plain_gated_norm,
             (y_BLI, z_BLI, random(2 * width)),
             2 * (3 + 5) * 2 * elements,
@@ -135,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := obstacle(torch.empty(0, device=device), width=2 * args.width):
         print(f"fused: nothing measured, this benchmark needs a GPU and Triton ({problem})")
         return 0
+    fused.switch(True)
     report = Report("fused")
     report.context |= {"images": args.images, "tokens": args.tokens, "width": args.width}
     measure(report, chains(args.images, args.tokens, args.width, device), device, args.rounds)
