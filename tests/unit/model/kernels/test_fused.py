@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mvar.model.kernels import launch
+from mvar.model.kernels.cross_entropy import cross_entropy, plain_cross_entropy
 from mvar.model.kernels.gated_norm import gated_norm
 from mvar.model.kernels.launch import block, cut, obstacle, usable, warps
 from mvar.model.kernels.mamba_ops import gated_norm as tiled_gated_norm
@@ -39,14 +40,14 @@ def differences() -> Found:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("kernel", ["residual", "qk", "gated"])
+@pytest.mark.parametrize("kernel", ["residual", "qk", "gated", "entropy"])
 def test_kernels_equal_float64_autograd_forward_and_backward(differences: Found, kernel: str, dtype: str) -> None:
     cases = {name: case for name, case in differences.items() if name.startswith(f"{kernel} {dtype} ")}
     assert len(cases) >= 2
     for name, case in cases.items():
         for result, value in case.items():
             # Sums over tokens and what is carried on are float32, whatever the branch computes in.
-            exact = result.startswith(("new", "dx", "dgate", "dscale", "dshift", "dweight"))
+            exact = result.startswith(("new", "dx", "dgate", "dscale", "dshift", "dweight", "loss", "nll", "correct"))
             assert value < BOUNDS["fp32" if exact else dtype], (name, result, value)
 
 
@@ -60,6 +61,7 @@ def test_kernels_equal_float64_autograd_forward_and_backward(differences: Found,
         ("residual fp32 y unused", "new y dx dh dgate"),
         ("qk fp32 zeros", "q k v dqkv dscale"),
         ("gated fp32 strided", "out dy dz dweight"),
+        ("entropy fp32 4096", "loss nll dlogits correct"),
     ],
 )
 def test_every_result_and_gradient_was_compared(differences: Found, case: str, results: str) -> None:
@@ -70,6 +72,10 @@ def test_recomputation_and_inference_give_the_same_bits(differences: Found) -> N
     found = differences["recomputation"]
     assert len(found) == 13
     assert set(found.values()) == {0.0}
+
+
+def test_a_word_beyond_the_vocabulary_spoils_the_loss_visibly(differences: Found) -> None:
+    assert differences["unknown words"] == {"nan": 2.0, "nll_nan": 2.0}
 
 
 def test_nothing_is_kept_that_the_model_does_not_hold_anyway(differences: Found) -> None:
@@ -128,3 +134,6 @@ def test_elsewhere_plain_torch_computes_the_same_functions() -> None:
     for found, expected in zip(qk_norm(qkv, scales, qkv.dtype), plain_qk_norm(qkv, scales, qkv.dtype), strict=True):
         assert torch.equal(found, expected)
     assert torch.equal(gated_norm(x, h, gate[0], 1e-5), tiled_gated_norm(x, h, gate[0], 1e-5))
+    logits, codes = torch.randn(3, 8, dtype=torch.float64), torch.tensor([1, 7, 0])
+    for found, expected in zip(cross_entropy(logits, codes, 0.1), plain_cross_entropy(logits, codes, 0.1), strict=True):
+        assert torch.equal(found, expected)
