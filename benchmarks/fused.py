@@ -11,6 +11,7 @@ NAME_vs_compiled    torch.compile's time divided by ours
 residual_norm       gated residual, then the next branch's modulated layer norm
 unit_heads          unit vectors of q and k out of the projection's output; v's gradient joins theirs in one buffer
 gated_norm          RMS norm of y * SiLU(z) after Mamba-2's scan
+token_losses        loss of as many tokens as exist together (token_loss.CHUNK), float32
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from benchmarks.harness import Report, parser, side_by_side, spread
 from benchmarks.roofline import copy_gib_s
 from mvar.model.kernels import fused
 from mvar.model.kernels.launch import obstacle
+from mvar.model.token_loss import CHUNK
 
-HEAD_WIDTH = 64
+HEAD_WIDTH, VOCABULARY = 64, 4096
 REPEATS = 20
 """Calls between two looks at the clock, so that starting them costs nothing."""
 DTYPE = torch.bfloat16
@@ -79,8 +81,17 @@ def plain_gated_norm(y_BLI: Tensor, z_BLI: Tensor, weight_I: Tensor) -> Tensor:
     return (gated_BLI * torch.rsqrt(gated_BLI.square().mean(-1, keepdim=True) + 1e-5) * weight_I).to(y_BLI.dtype)
 
 
+def loss_of(form: Callable[..., Sequence[Tensor]], codes_N: Tensor, logits_NV: Tensor) -> Tensor:
+    return form(logits_NV, codes_N, 0.0)[0]
+
+
+def plain_token_losses(logits_NV: Tensor, codes_N: Tensor, _smoothing: float) -> tuple[Tensor, Tensor]:
+    """The formula of `fused.token_losses` without label smoothing."""
+    return F.cross_entropy(logits_NV, codes_N, reduction="none"), logits_NV.argmax(dim=-1) == codes_N
+
+
 def chains(images: int, tokens: int, width: int, device: torch.device) -> list[Chain]:
-    """The three of a block, with the strides that the model has."""
+    """Those of a block, with the strides that the model has, and the loss."""
     elements, heads = images * tokens * width, width // HEAD_WIDTH
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,6 +102,7 @@ def chains(images: int, tokens: int, width: int, device: torch.device) -> list[C
     qkv_BL3HD = random(images, tokens, 3, heads, HEAD_WIDTH, dtype=DTYPE)
     y_BLI = random(images, tokens, 2 * width, dtype=DTYPE)
     z_BLI = random(images, tokens, 4 * width + 128 + 2 * heads, dtype=DTYPE)[..., : 2 * width]
+    codes_N = torch.randint(VOCABULARY, (min(CHUNK, images * tokens),), device=device)
     made = [
         # x and h in, x' and y out; x', h and both gradients in, dx and dh out.
         Chain(
@@ -115,6 +127,14 @@ def chains(images: int, tokens: int, width: int, device: torch.device) -> list[C
             plain_gated_norm,
             (y_BLI, z_BLI, random(2 * width)),
             2 * (3 + 5) * 2 * elements,
+        ),
+        # Logits in; in again, their gradient out.
+        Chain(
+            "token_losses",
+            partial(loss_of, fused.token_losses, codes_N),
+            partial(loss_of, plain_token_losses, codes_N),
+            (random(len(codes_N), VOCABULARY),),
+            4 * 3 * len(codes_N) * VOCABULARY,
         ),
     ]
     for chain in made:

@@ -148,6 +148,42 @@ def gated_case(batch: int, length: int, width: int, dtype: torch.dtype, kind: st
     )
 
 
+# ---- cross entropy
+
+
+def entropy_case(count: int, words: int, dtype: torch.dtype, smoothing: float) -> Differences:
+    """Half of the tokens have their likeliest word for the right one."""
+    from mvar.model.kernels.fused import token_losses
+
+    torch.manual_seed(0)
+    logits = (torch.randn(count, words) * 4).to(dtype)
+    codes = logits.argmax(-1)
+    codes[::2] = torch.arange(len(codes[::2])) % words
+    dloss = torch.rand(count)
+    (loss, nll, correct), (dlogits,) = run(
+        lambda leaf: token_losses(leaf, codes, smoothing), [logits], [dloss, None, None]
+    )
+    (expected, expected_nll, expected_correct), (expected_dlogits,) = run(
+        lambda leaf: token_losses(leaf, codes, smoothing), [logits.double()], [dloss, None, None]
+    )
+    assert dlogits is not None and expected_dlogits is not None
+    assert not nll.requires_grad and not correct.requires_grad
+    return {
+        "loss": difference(loss, expected),
+        "nll": difference(nll, expected_nll),
+        "dlogits": difference(dlogits, expected_dlogits),
+        "correct": float((correct != expected_correct).sum()),
+    }
+
+
+def unknown_words() -> dict[str, float]:
+    """Losses of codes beyond the vocabulary: how many of two are NaN."""
+    from mvar.model.kernels.fused import token_losses
+
+    loss, nll, _ = token_losses(torch.zeros(3, 8), torch.tensor([8, 7, -1]), 0.1)
+    return {"nan": float(loss.isnan().sum()), "nll_nan": float(nll.isnan().sum())}
+
+
 # ---- as the model uses them
 
 
@@ -226,6 +262,9 @@ def short_cases() -> dict[str, dict[str, float]]:
         found[f"qk {name} 12 heads"] = qk_case(1, 3, 12, 32, dtype)
         found[f"gated {name} 192"] = gated_case(2, 5, 192, dtype)
         found[f"gated {name} 832 one token"] = gated_case(1, 1, 832, dtype)
+        found[f"entropy {name} 4096"] = entropy_case(6, 4096, dtype, 0.0)
+        found[f"entropy {name} 100 smoothed"] = entropy_case(6, 100, dtype, 0.1)
+    found["unknown words"] = unknown_words()
     for kind in ("norm only", "residual only", "new unused", "y unused", "strided"):
         found[f"residual fp32 {kind}"] = residual_case(3, 4, 96, torch.float32, kind)
     found["qk fp32 zeros"] = qk_case(1, 3, 5, 16, torch.float32, "zeros")

@@ -233,10 +233,18 @@ def _gated_norm_chain(y_BLI: Tensor, z_BLI: Tensor, weight_I: Tensor, eps: float
     return (gated_BLI * inverse_BL1 * weight_I.to(dtype)).to(y_BLI.dtype)
 
 
-@chain
 def token_losses(logits_NV: Tensor, codes_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token: the loss, with label smoothing; the plain cross entropy in nats, detached; whether the likeliest
-    word is the right one."""
+    word is the right one. `codes_N`: int64 in [0, V); on a GPU any other gives NaN."""
+    if _ours(logits_NV):
+        from mvar.model.kernels import cross_entropy_triton
+
+        return cross_entropy_triton.fused(logits_NV, codes_N, smoothing)
+    return _token_losses_chain(logits_NV, codes_N, smoothing)
+
+
+@chain
+def _token_losses_chain(logits_NV: Tensor, codes_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     loss_N = F.cross_entropy(logits_NV, codes_N, reduction="none", label_smoothing=smoothing)
     with torch.no_grad():
         nll_N = F.cross_entropy(logits_NV, codes_N, reduction="none") if smoothing else loss_N.detach()

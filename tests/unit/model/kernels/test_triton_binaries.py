@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="the package triton is not installed (make setup-dev)")
 
-from mvar.model.kernels import gated_norm_triton, qk_norm_triton, residual_norm_triton
+from mvar.model.kernels import cross_entropy_triton, gated_norm_triton, qk_norm_triton, residual_norm_triton
 from tests.triton_compiler import Launch, recorded
 
 IMAGES, TOKENS = 2, 5
@@ -64,6 +64,14 @@ def faults(launches: list[Launch], architecture: int) -> list[str]:
     return found
 
 
+def loss_launches(words: int, dtype: torch.dtype, smoothing: float) -> list[Launch]:
+    with recorded(cross_entropy_triton) as launches:
+        logits = torch.empty(TOKENS, words, dtype=dtype, requires_grad=True)
+        loss, _, _ = cross_entropy_triton.fused(logits, torch.zeros(TOKENS, dtype=torch.int64), smoothing)
+        loss.sum().backward()
+    return launches
+
+
 CASES = [
     (80, 768, torch.float16),
     (90, 1024, torch.bfloat16),
@@ -83,6 +91,13 @@ ALL = [
 def test_kernels_of_a_block_compile_and_fit(architecture: int, width: int, dtype: torch.dtype) -> None:
     launches = block_launches(width, dtype)
     assert len(launches) == 10
+    assert faults(launches, architecture) == []
+
+
+@pytest.mark.parametrize(("architecture", "smoothing"), [(80, 0.1), (90, 0.0), (100, 0.0)])
+def test_kernels_of_the_loss_compile_and_fit(architecture: int, smoothing: float) -> None:
+    launches = loss_launches(4096, torch.float32, smoothing)
+    assert len(launches) == 2
     assert faults(launches, architecture) == []
 
 

@@ -35,7 +35,7 @@ def differences() -> Found:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("kernel", ["residual", "qk", "gated"])
+@pytest.mark.parametrize("kernel", ["residual", "qk", "gated", "entropy"])
 def test_kernels_equal_float64_autograd_forward_and_backward(differences: Found, kernel: str, dtype: str) -> None:
     cases = {name: case for name, case in differences.items() if name.startswith(f"{kernel} {dtype} ")}
     assert len(cases) >= 2
