@@ -32,8 +32,8 @@ class ModelConfig(Section):
     init_gamma: NonNegativeFloat = Field(1e-3, description="scale of the residual gates at the start")
     init_head: NonNegativeFloat = Field(0.02, description="scale of the head's weight at the start")
     init_conditioning: NonNegativeFloat = Field(0.5, description="scale of the conditioning's weight at the start")
-    attention_backend: Literal["auto", "sdpa", "varlen", "flash"] = Field(
-        "auto", description="kernels of the attention: torch's, torch's for packed sequences, or flash-attn's"
+    attention_backend: Literal["auto", "sdpa", "varlen", "flash", "triton"] = Field(
+        "auto", description="kernels of the attention: torch's, torch's for packed sequences, flash-attn's, or our own"
     )
     mamba_backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", description="kernels of Mamba-2")
     norm_backend: Literal["torch", "apex"] = Field(

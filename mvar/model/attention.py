@@ -22,7 +22,7 @@ from mvar.model.kernels import fused
 from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import HALF, Linear, linear, no_autocast, wide
 
-AttentionBackend = Literal["auto", "sdpa", "varlen", "flash"]
+AttentionBackend = Literal["auto", "sdpa", "varlen", "flash", "triton"]
 
 MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
@@ -62,6 +62,10 @@ class ScaleAttention(nn.Module):
         self.softmax_scale = 1.0 if l2_norm else 0.25 / math.sqrt(width // heads)
         if backend in _PACKED:
             _packed(backend)
+        if backend == "triton":
+            load(_triton).require(
+                "model.attention_backend=triton", "Install triton, or use model.attention_backend=auto."
+            )
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), INITIAL_LOG_SCALE))
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -76,17 +80,22 @@ class ScaleAttention(nn.Module):
         # On a CPU the half-precision attention kernel is slower than the float32 one, backward by a factor of two.
         dtype = qkv_BL3HD.dtype if qkv_BL3HD.is_cuda else wide(qkv_BL3HD.dtype)
         with no_autocast(x_BLC):
-            if self.l2_norm:
-                scale_H1 = self.scale_mul_1H11.to(wide(dtype)).clamp_max(MAX_LOG_SCALE).exp().view(-1, 1)
-                q_BLHD, k_BLHD, v_BLHD = fused.unit_heads(qkv_BL3HD, scale_H1, dtype)
-            else:
-                q_BLHD, k_BLHD, v_BLHD = qkv_BL3HD.to(dtype).unbind(2)
-            out_BLHD = self._attend(q_BLHD, k_BLHD, v_BLHD, lengths).to(qkv_BL3HD.dtype)
+            out_BLHD = self._attend(qkv_BL3HD, lengths, dtype).to(qkv_BL3HD.dtype)
         out: Tensor = self.proj(out_BLHD.flatten(2))
         return out
 
-    def _attend(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        chosen = choose(self.backend, q_BLHD.dtype, q_BLHD.device, q_BLHD.shape[-1]).name
+    def _attend(self, qkv_BL3HD: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        chosen = choose(self.backend, dtype, qkv_BL3HD.device, qkv_BL3HD.shape[-1]).name
+        scale_H: Tensor | None = None
+        if self.l2_norm:
+            scale_H = self.scale_mul_1H11.to(wide(dtype)).clamp_max(MAX_LOG_SCALE).exp().flatten()
+        if chosen == "triton":
+            attend = load(_triton).require("model.attention_backend=triton", "Install triton.")
+            return cast(Tensor, attend(qkv_BL3HD, scale_H, lengths, self.softmax_scale, fused.UNIT_FLOOR))
+        if scale_H is not None:
+            q_BLHD, k_BLHD, v_BLHD = fused.unit_heads(qkv_BL3HD, scale_H.view(-1, 1), dtype)
+        else:
+            q_BLHD, k_BLHD, v_BLHD = qkv_BL3HD.to(dtype).unbind(2)
         if chosen == "sdpa":
             return _attend_sdpa(q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
         return _attend_packed(_packed(chosen), q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
@@ -107,7 +116,14 @@ def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, 
                 f"model.attention_backend={backend}: {unfit}. Use engine.precision=bf16 on a GPU, or"
                 " model.attention_backend=auto."
             )
-        _packed(backend)
+        if backend == "triton":
+            if torch.cuda.get_device_capability(device)[0] > 9:
+                raise BackendError(
+                    "model.attention_backend=triton: Triton's compiler does not take these kernels for compute"
+                    " capability 10. Use model.attention_backend=auto."
+                )
+        else:
+            _packed(backend)
         return Choice(backend)
     problems = [unfit] if unfit else []
     for name, importer in ({} if unfit else _PACKED).items():
@@ -192,6 +208,13 @@ def _flash_attn() -> PackedAttention:
 
 
 _PACKED: dict[str, Callable[[], PackedAttention]] = {"varlen": _torch_varlen, "flash": _flash_attn}
+
+
+def _triton() -> Callable[..., Tensor]:
+    """Our own kernels: q/k norm and attention in one."""
+    from mvar.model.kernels.scale_attention_triton import attend
+
+    return attend
 
 
 def _packed(name: str) -> PackedAttention:

@@ -18,8 +18,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mvar.errors import BackendError
 from mvar.model import attention, recompute
 from mvar.model.attention import AttentionBackend, ScaleAttention, choose, varlen_layout
+from mvar.model.kernels import scale_attention_triton
 from mvar.model.kernels.optional import load
 from mvar.scales import PATCH_NUMS_256, PATCH_NUMS_512, ScalePyramid
+from tests import attention_interpreter
 
 LENGTHS = (1, 4, 9, 16)
 
@@ -227,6 +229,27 @@ def test_what_packed_kernels_cannot_take_goes_one_scale_at_a_time_and_says_why(
     assert told.name == "sdpa" and words in told.why
     with pytest.raises(BackendError, match=words):
         choose("varlen", dtype, device, head_width)
+
+
+@pytest.mark.usefixtures("no_memory")
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_our_own_kernels_are_called_with_the_projection_and_equal_sdpa(
+    monkeypatch: pytest.MonkeyPatch, l2_norm: bool
+) -> None:
+    def attend(qkv: Tensor, scale: Tensor | None, lengths: tuple[int, ...], softmax: float, floor: float) -> Tensor:
+        assert qkv.is_contiguous() and qkv.shape == (2, 30, 3, 3, 16) and floor == 1e-12
+        assert (scale is not None) == l2_norm and (scale is None or scale.shape == (3,))
+        return attention_interpreter.by_definition(qkv, scale, lengths, softmax)
+
+    monkeypatch.setattr(scale_attention_triton, "attend", attend)
+    monkeypatch.setattr(attention, "_unfit", lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    torch.manual_seed(0)
+    ours = ScaleAttention(48, 3, l2_norm=l2_norm, backend="triton").double()
+    sdpa = ScaleAttention(48, 3, l2_norm=l2_norm, backend="sdpa").double()
+    sdpa.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 30, 48, dtype=torch.float64)
+    torch.testing.assert_close(ours(x, LENGTHS), sdpa(x, LENGTHS), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("no_memory")
