@@ -340,39 +340,49 @@ def tokenizer_of(context: Context) -> Any:
         return VQVAE(**context.scale.tokenizer).eval()
 
 
-def sampling(context: Context, name: str, draw: Callable[[Any, Tensor, range], Tensor]) -> None:
-    """`draw(tokenizer, labels, seeds)` gives feature maps; the decoder makes pixels of them."""
-    tokenizer = tokenizer_of(context)
+def sampling(context: Context, name: str, drawing: Callable[[Any, int], Callable[[Tensor, range], Tensor]]) -> None:
+    """`drawing(tokenizer, images)` gives a function of that many labels and seeds that draws pictures."""
+    tokenizer = tokenizer_of(context).to(memory_format=torch.channels_last)
 
-    @torch.no_grad()
-    def run(images: int) -> Tensor:
-        labels_B = torch.arange(images, device=context.device) % 1000
-        latent_BChw = draw(tokenizer, labels_B, range(images))
-        with torch.autocast(context.device.type, torch.bfloat16):
-            pixels: Tensor = tokenizer.decode_latent(latent_BChw)
-        return pixels
+    def timed(images: int, rounds: int, warm: int) -> list[float]:
+        draw, labels_B = drawing(tokenizer, images), torch.arange(images) % 1000
+        return context.timed(lambda: draw(labels_B, range(images)), rounds, warm)
 
     images = context.scale.images(SAMPLED)
-    taken = context.timed(lambda: run(images), 3, 1)
+    taken = timed(images, 3, 2)
     context.add(f"{name}_imgs_per_s", images / statistics.median(taken), spread(taken) | {"batch": images})
     if name == "sample_d16":
-        taken = context.timed(lambda: run(1), 9, 3)
+        taken = timed(1, 9, 3)
         context.add(f"{name}_latency_ms", 1e3 * statistics.median(taken), spread(taken))
 
 
-def sample(context: Context, depth: int) -> None:
-    from mvar import MVAR
-    from mvar.sampling.sampler import generate_latent
+def decoded(tokenizer: Any, f_hat_BChw: Tensor) -> Tensor:
+    """As `mvar sample` decodes in bf16."""
+    with torch.autocast(f_hat_BChw.device.type, torch.bfloat16, cache_enabled=False):
+        pixels: Tensor = tokenizer.decode_latent(f_hat_BChw)
+    return pixels
 
+
+def sample(context: Context, depth: int) -> None:
+    """As `mvar sample` draws: our kernels, one CUDA graph from labels to pixels."""
+    from mvar import MVAR
+    from mvar.model.kernels import fused
+    from mvar.model.kernels.arithmetic import Arithmetic
+    from mvar.sampling.graph import GraphedDrawing
+
+    on_gpu = context.device.type == "cuda"
+    Arithmetic.of("bf16", "auto", context.device).apply()
+    fused.switch(on_gpu)
     with context.device:
         model = MVAR(context.scale.depth(depth), **context.scale.geometry)
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     model.store_matmuls_(torch.bfloat16).eval()
-    sampling(
-        context,
-        f"sample_d{depth}",
-        lambda tokenizer, labels_B, seeds: generate_latent(model, tokenizer, labels_B, seeds=seeds),
-    )
+
+    def drawing(tokenizer: Any, images: int) -> Callable[[Tensor, range], Tensor]:
+        options: dict[str, Any] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "graphed": on_gpu}
+        return GraphedDrawing(model, tokenizer, images, lambda f_hat: decoded(tokenizer, f_hat), **options)
+
+    sampling(context, f"sample_d{depth}", drawing)
 
 
 def sample_var(context: Context, depth: int) -> None:
@@ -383,10 +393,15 @@ def sample_var(context: Context, depth: int) -> None:
         model = VAR(context.scale.depth(depth), **context.scale.geometry).eval()
     torch.set_default_dtype(torch.float32)
 
-    def draw(tokenizer: Any, labels_B: Tensor, seeds: range) -> Tensor:
-        return draw_latent(model, tokenizer.quantizer, labels_B, seeds=seeds)
+    def drawing(tokenizer: Any, _images: int) -> Callable[[Tensor, range], Tensor]:
+        @torch.no_grad()
+        def draw(labels_B: Tensor, seeds: range) -> Tensor:
+            labels_B = labels_B.to(context.device)
+            return decoded(tokenizer, draw_latent(model, tokenizer.quantizer, labels_B, seeds=seeds))
 
-    sampling(context, f"sample_var{depth}", draw)
+        return draw
+
+    sampling(context, f"sample_var{depth}", drawing)
 
 
 def tokenize(context: Context) -> None:

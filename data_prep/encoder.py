@@ -23,8 +23,9 @@ from torch import Tensor
 from data_prep.allocator import keep_freed_memory
 from data_prep.job import Precision, TokenizeConfig
 from mvar.errors import BackendError
-from mvar.images.arrays import from_uint8
+from mvar.images.arrays import from_uint8, to_model_range
 from mvar.images.views import Pixels
+from mvar.model.kernels.arithmetic import products
 from mvar.run.world import cores
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
@@ -82,8 +83,8 @@ class Encoder:
             torch.set_num_threads(config.threads)
         geometry = None if config.patch_nums is None else {"patch_nums": list(config.patch_nums)}
         vqvae = load_tokenizer(config.tokenizer, geometry)
-        # channels_last is faster and gives the same codes.
-        torch.nn.utils.convert_conv2d_weight_memory_format(vqvae.to(device), torch.channels_last)
+        layout = _layout(device, config.precision, config.compile)
+        torch.nn.utils.convert_conv2d_weight_memory_format(vqvae.to(device), layout)
         return cls(vqvae, device, config.batch, config.precision, config.compile, config.threads)
 
     def exact(self) -> Encoder:
@@ -115,10 +116,16 @@ class Encoder:
         return _OnThreads([self._pool.submit(self._encode, from_uint8(piece), PIECE) for piece in pieces])
 
     def _launch_on_gpu(self, images_BHWC: Pixels) -> Launched:
+        # Bytes travel, from pinned memory: a quarter of what floats would be.
+        pinned_BHWC = torch.from_numpy(np.ascontiguousarray(images_BHWC)).pin_memory()
+        layout = _layout(self.device, self.precision, self.compiled)
         with deterministic(tf32=False):
             parts = [
-                self._encode(images_BCHW.pin_memory().to(self.device, non_blocking=True), self.batch)
-                for images_BCHW in from_uint8(images_BHWC).split(self.batch)
+                self._encode(
+                    to_model_range(bytes_BHWC.to(self.device, non_blocking=True)).contiguous(memory_format=layout),
+                    self.batch,
+                )
+                for bytes_BHWC in pinned_BHWC.split(self.batch)
             ]
         event = torch.cuda.Event()
         event.record()
@@ -162,6 +169,15 @@ class _OnGpu:
         return _as_stored(self.parts)
 
 
+def _layout(device: torch.device, precision: Precision, compiled: bool) -> torch.memory_format:
+    """The order of elements that convolutions are faster in; the codes are the same.
+
+    Images a second on an H200, channels last and first: 16 and 33 in fp32, 273 and 199 in tf32, 211 and 239 in bf16.
+    """
+    last = device.type == "cpu" or precision == "tf32" or compiled
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _slices(count: int, size: int) -> list[slice]:
     return [slice(begin, begin + size) for begin in range(0, count, size)]
 
@@ -187,10 +203,8 @@ def half_features(vqvae: VQVAE) -> Callable[[Tensor], Tensor]:
 @contextmanager
 def deterministic(*, tf32: bool) -> Iterator[None]:
     """No algorithms picked by a race, and TF32 only where asked for: the same codes every time."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32),
+        products(torch.device("cuda"), tf32=tf32),
+    ):
+        yield

@@ -32,7 +32,9 @@ class ModelConfig(Section):
     init_gamma: NonNegativeFloat = Field(1e-3, description="scale of the residual gates at the start")
     init_head: NonNegativeFloat = Field(0.02, description="scale of the head's weight at the start")
     init_conditioning: NonNegativeFloat = Field(0.5, description="scale of the conditioning's weight at the start")
-    attention_backend: Literal["auto", "sdpa", "flash"] = Field("auto", description="kernels of the attention")
+    attention_backend: Literal["auto", "sdpa", "varlen", "flash", "triton"] = Field(
+        "auto", description="kernels of the attention: torch's, torch's for packed sequences, flash-attn's, or our own"
+    )
     mamba_backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", description="kernels of Mamba-2")
     norm_backend: Literal["torch", "apex"] = Field(
         "torch", description="layer norms: torch's, or NVIDIA apex's fused one"
@@ -108,6 +110,13 @@ class EngineConfig(Section):
     activation_checkpointing: Literal["off", "every", "selective"] | PositiveInt = Field(
         "off", description="recompute in the backward pass: every block, every n-th, or all but linear layers"
     )
+    tf32: Literal["auto", "on", "off"] = Field(
+        "auto", description="fp32 products on GPUs with 10 bits of each factor; auto: in 16-bit runs"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of what is between matrix products; auto: on GPUs, on CPUs for large models"
+    )
+    deterministic: bool = Field(False, description="on GPUs too, two runs give the same bits; slower")
     threads: PositiveInt | None = Field(None, description="CPU threads a rank uses; default: cores / local ranks")
     offload_folder: Path | None = Field(None, description="folder on a fast local disk, for templates that use NVMe")
     max_bad_steps: PositiveInt = Field(

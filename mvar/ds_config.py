@@ -18,6 +18,12 @@ from mvar.errors import ConfigError
 
 Tree = dict[str, Any]
 AUTO = "auto"
+WIDE_SUMS_FROM = 64
+"""Ranks from which 16-bit gradients are summed over ranks in fp32, for twice the bytes.
+
+A sum that goes round a ring is rounded once a rank. In bf16 that makes an error of 0.4 % with 8 ranks, twice that of a
+single rounding, 0.8 to 3 % with 64 and 2 to 30 % with 512: the more, the more alike the ranks' gradients are.
+"""
 _REMOVED = {"optimizer": "optim", "scheduler": "optim", "checkpoint": "checkpoint", "amp": "engine.precision"}
 """Sections that a template must not have -> where the recipe decides instead."""
 
@@ -83,6 +89,8 @@ def resolve(config: TrainConfig, split: BatchSplit) -> Tree:
             raise ConfigError(f'DeepSpeed template {path}: remove "{section}"; the recipe\'s {ours} decides.')
     stage: int = template["zero_optimization"]["stage"]
     tree = _merge(template, _from_recipe(config, split, stage), path)
+    if config.engine.precision in ("bf16", "fp16") and split.ranks >= WIDE_SUMS_FROM:
+        tree.setdefault("communication_data_type", "fp32")  # A template may decide otherwise.
     if stage == 0:
         tree["gradient_clipping"] = 0.0  # Without ZeRO, DeepSpeed clips without telling the norm: the engine does it.
     _check_precision(config, tree, stage, path)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,15 +25,20 @@ from torch import Tensor
 from mvar.cli import run_command
 from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
+from mvar.model.kernels import fused
+from mvar.model.kernels.arithmetic import Arithmetic, Precision
 from mvar.model.transformer import MVAR
-from mvar.sampling.sampler import check_geometry, generate_latent
+from mvar.sampling.graph import GraphedDrawing
+from mvar.sampling.sampler import check_geometry
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
 RECORD = "sample.json"
 """What a folder of samples was drawn with. Images drawn otherwise are not mixed in."""
 PROGRESS_EVERY_S = 10.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MANY = 2000
+"""Images from which compiling, a minute or two, pays."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -67,33 +73,36 @@ class Picture:
 
 
 class Painter:
-    """A model, its tokenizer and the settings: pictures in, pixels out."""
+    """A model, its tokenizer and the settings: pictures in, pixels out. `graphed`: through one CUDA graph."""
 
-    def __init__(self, model: MVAR, tokenizer: VQVAE, settings: Settings, batch: int) -> None:
-        self.model, self.tokenizer, self.settings, self.batch = model, tokenizer, settings, batch
+    def __init__(self, model: MVAR, tokenizer: VQVAE, settings: Settings, batch: int, *, graphed: bool = False) -> None:
+        self.tokenizer, self.settings, self.batch = tokenizer, settings, batch
+        self._device = model.pos_start.device
+        self._draw = GraphedDrawing(
+            model,
+            tokenizer,
+            batch,
+            self._decode,
+            cfg=settings.cfg,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            smooth=settings.smooth,
+            graphed=graphed,
+        )
 
     def draw(self, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Bytes]]:
         """Yields uint8 (H, W, 3) in order. Every batch is full, the last one too, so that rounding is alike in all."""
         for start in range(0, len(pictures), self.batch):
             wanted = pictures[start : start + self.batch]
             filled = [*wanted, *[wanted[-1]] * (self.batch - len(wanted))]
-            yield from zip(wanted, to_uint8(self._images(filled)), strict=False)
+            labels_B = torch.tensor([picture.label for picture in filled])
+            images_BCHW = self._draw(labels_B, [picture.seed(self.settings.seed) for picture in filled])
+            yield from zip(wanted, to_uint8(images_BCHW), strict=False)
 
-    def _images(self, pictures: Sequence[Picture]) -> Tensor:
-        chosen = self.settings
-        device = self.model.pos_start.device
-        f_hat_BChw = generate_latent(
-            self.model,
-            self.tokenizer,
-            torch.tensor([picture.label for picture in pictures]),
-            chosen.cfg,
-            chosen.top_k,
-            chosen.top_p,
-            [picture.seed(chosen.seed) for picture in pictures],
-            chosen.smooth,
-        )
-        half = chosen.precision != "fp32"
-        with torch.autocast(device.type, DTYPES[chosen.precision] if half else None, enabled=half):
+    def _decode(self, f_hat_BChw: Tensor) -> Tensor:
+        dtype = DTYPES[self.settings.precision]
+        # No memory of casts: a graph would keep those of its capture.
+        with torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             return self.tokenizer.decode_latent(f_hat_BChw)
 
 
@@ -133,6 +142,13 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackendError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs. Use --device cpu or auto.")
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """The arithmetic of that name; "auto" is bf16 where the device has it."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return cast(Precision, name)
 
 
 def claim(out: Path, settings: Settings) -> None:
@@ -221,7 +237,16 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--smooth", action="store_true", help="feed mixtures of words: smoother, worse figures")
     parser.add_argument("--seed", type=int, default=0, help="other seed, other images (default 0)")
     parser.add_argument("--batch", type=int, default=16, help="images drawn together (default 16)")
-    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="arithmetic (default fp32)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="arithmetic; auto (default): bf16 on GPUs that have it, fp32 elsewhere",
+    )
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), default="auto", help=f"auto: on GPUs from {MANY} images on"
+    )
+    parser.add_argument("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs; auto: on GPUs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     parser.add_argument("--out", type=Path, help="folder for OUT/<class>/<number>.png")
     parser.add_argument("--grid", type=Path, help="write all images into one PNG, a class a row")
@@ -269,6 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"--weights {args.weights}: not the weights of the model it describes. {error}") from None
+    precision = pick_precision(args.precision, device)
+    arithmetic = Arithmetic.of(precision, "auto", device)
+    arithmetic.apply()
     settings = Settings(
         weights=fingerprint(state),
         tokenizer=fingerprint(tokenizer.state_dict()),
@@ -277,14 +305,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         top_p=args.top_p,
         smooth=args.smooth,
         seed=args.seed,
-        precision=args.precision,
+        precision=precision,
     )
-    model.store_matmuls_(DTYPES[args.precision]).to(device).eval()
+    model.store_matmuls_(DTYPES[precision]).to(device).eval()
     tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     pictures = [Picture(label, number) for label in classes for number in range(args.per_class)]
     mine = pictures[args.task :: args.tasks]
-    painter = Painter(model, tokenizer, settings, max(1, min(args.batch, len(mine))))
+    few = args.compile == "auto" and (device.type == "cpu" or len(mine) < MANY)
+    fused.switch(fused.choose("off" if few else args.compile, device, model.depth, model.width).name == "on")
+    batch, graphed = max(1, min(args.batch, len(mine))), device.type == "cuda" and args.graphs == "auto"
+    painter = Painter(model, tokenizer, settings, batch, graphed=graphed)
     drawn: dict[Picture, Bytes] = {}
     if args.no_images:
         drawn = dict(draw_all(painter, mine))

@@ -40,6 +40,7 @@ from mvar.run.world import RemoteError, World
 from mvar.sampling.sampler import generate
 from mvar.settings import describe, load
 from mvar.tokenizer.files import load_tokenizer
+from mvar.training.determinism import make_deterministic
 from mvar.training.engine import Averages, Engine, StepResult
 from mvar.training.job import Job, prepare
 from mvar.training.mfu import Utilisation
@@ -314,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     main_rank = rank_hint(os.environ) == 0
     try:
         config = load(TrainConfig, args.config, args.overrides + ["checkpoint.trust_sizes=true"] * args.trust_sizes)
+        if config.engine.deterministic:
+            make_deterministic(os.environ)
         if args.pretend_world is not None and (not args.dry_run or args.pretend_world < 1):
             raise ConfigError("--pretend-world: expected 1 or more ranks, together with --dry-run.")
         if args.dry_run:

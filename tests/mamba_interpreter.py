@@ -116,9 +116,11 @@ def compare() -> dict[str, float]:
 
     mamba_kernels.CHUNK = CHUNK
     figures: dict[str, float] = {}
-    for name, width, images in (("fused", 256, 1), ("unfused", 64, 2)):  # rows of 1,160 and of 386 elements
+    # Rows of 1,160 and of 386 elements.
+    for name, width, images in (("fused", 256, 1), ("odd", 64, 2), ("unfused", 64, 2)):
         ours, official = pair(width)
-        assert mamba_kernels.fusable(ours.in_proj(torch.zeros(1, 1, width))) == (name == "fused")
+        if name == "unfused":  # as with a mamba-ssm that does not copy odd rows
+            mamba_kernels.fusable = lambda _: False
         u = torch.randn(images, CHUNK + 1, width)
         inputs = [u.clone().requires_grad_() for _ in range(2)]
         outputs = [ours(inputs[0]), official(inputs[1])]

@@ -27,7 +27,14 @@ def to_uint8(images_BCHW: Tensor) -> Bytes:
 
 def from_uint8(array_BHWC: Bytes) -> Tensor:
     """Bytes to model range: uint8 (B, H, W, 3) -> float32 [-1, 1] (B, 3, H, W). The inverse of `to_uint8`."""
-    return torch.from_numpy(np.ascontiguousarray(array_BHWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_model_range(torch.from_numpy(np.ascontiguousarray(array_BHWC)))
+
+
+def to_model_range(bytes_BHWC: Tensor) -> Tensor:
+    """`from_uint8` of a tensor, where that is: the same bits on a CPU and on a GPU."""
+    # By a tensor on the device: a GPU would divide by a plain number through its rounded reciprocal.
+    half = torch.full((), 127.5, device=bytes_BHWC.device)
+    return bytes_BHWC.permute(0, 3, 1, 2).float() / half - 1
 
 
 def save_png(path: Path, array_HWC: Bytes) -> None:

@@ -6,26 +6,27 @@ Shapes: B batch, L tokens, T = B*L tokens of the flattened batch, C width, H hea
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.errors import BackendError
+from mvar.model.kernels import fused
+from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import HALF, Linear, linear, no_autocast, wide
 
-AttentionBackend = Literal["auto", "sdpa", "flash"]
+AttentionBackend = Literal["auto", "sdpa", "varlen", "flash", "triton"]
 
 MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
 INITIAL_LOG_SCALE = math.log(4.0)
-NORM_FLOOR = 1e-12
 
 
 def varlen_layout(lengths: Sequence[int], batch: int) -> tuple[list[int], int]:
@@ -59,8 +60,12 @@ class ScaleAttention(nn.Module):
         self.l2_norm = l2_norm
         self.backend = backend
         self.softmax_scale = 1.0 if l2_norm else 0.25 / math.sqrt(width // heads)
-        if backend == "flash":
-            _flash_attention()
+        if backend in _PACKED:
+            _packed(backend)
+        if backend == "triton":
+            load(_triton).require(
+                "model.attention_backend=triton", "Install triton, or use model.attention_backend=auto."
+            )
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), INITIAL_LOG_SCALE))
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -71,38 +76,76 @@ class ScaleAttention(nn.Module):
     def forward(self, x_BLC: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """(B, L, C) -> (B, L, C); `lengths`: tokens of each scale that x holds, in order."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q_BLHD, k_BLHD, v_BLHD = self.mat_qkv(x_BLC, bias).view(*x_BLC.shape[:2], 3, self.heads, -1).unbind(2)
+        qkv_BL3HD = self.mat_qkv(x_BLC, bias).view(*x_BLC.shape[:2], 3, self.heads, -1)
         # On a CPU the half-precision attention kernel is slower than the float32 one, backward by a factor of two.
-        dtype = q_BLHD.dtype if q_BLHD.is_cuda else wide(q_BLHD.dtype)
+        dtype = qkv_BL3HD.dtype if qkv_BL3HD.is_cuda else wide(qkv_BL3HD.dtype)
         with no_autocast(x_BLC):
-            if self.l2_norm:
-                scale_H1 = self.scale_mul_1H11.to(wide(q_BLHD.dtype)).clamp_max(MAX_LOG_SCALE).exp().view(-1, 1)
-                q_BLHD, k_BLHD = _unit(q_BLHD, dtype, scale_H1), _unit(k_BLHD, dtype)
-            out_BLHD = self._attend(q_BLHD.to(dtype), k_BLHD.to(dtype), v_BLHD.to(dtype), lengths).to(v_BLHD.dtype)
+            out_BLHD = self._attend(qkv_BL3HD, lengths, dtype).to(qkv_BL3HD.dtype)
         out: Tensor = self.proj(out_BLHD.flatten(2))
         return out
 
-    def _attend(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        if self._use_flash(q_BLHD):
-            return _attend_flash(q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
-        return _attend_sdpa(q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
+    def _attend(self, qkv_BL3HD: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        chosen = choose(self.backend, dtype, qkv_BL3HD.device, qkv_BL3HD.shape[-1]).name
+        scale_H: Tensor | None = None
+        if self.l2_norm:
+            scale_H = self.scale_mul_1H11.to(wide(dtype)).clamp_max(MAX_LOG_SCALE).exp().flatten()
+        if chosen == "triton":
+            attend = load(_triton).require("model.attention_backend=triton", "Install triton.")
+            return cast(Tensor, attend(qkv_BL3HD, scale_H, lengths, self.softmax_scale, fused.UNIT_FLOOR))
+        if scale_H is not None:
+            q_BLHD, k_BLHD, v_BLHD = fused.unit_heads(qkv_BL3HD, scale_H.view(-1, 1), dtype)
+        else:
+            q_BLHD, k_BLHD, v_BLHD = qkv_BL3HD.to(dtype).unbind(2)
+        if chosen == "sdpa":
+            return _attend_sdpa(q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
+        return _attend_packed(_packed(chosen), q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
 
-    def _use_flash(self, q: Tensor) -> bool:
-        usable = q.is_cuda and q.dtype in HALF
-        if self.backend == "flash" and not usable:
+
+@lru_cache(maxsize=64)
+def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, head_width: int) -> Choice:
+    """The kernels for q, k and v of that kind: `auto` takes one call for all scales where it can, torch's own first.
+
+    Raises BackendError where kernels are asked for by name that cannot take these tensors.
+    """
+    if backend == "sdpa":
+        return Choice("sdpa")
+    unfit = _unfit(dtype, device, head_width)
+    if backend != "auto":
+        if unfit:
             raise BackendError(
-                f"attention_backend=flash: flash-attn needs fp16 or bf16 on a CUDA device, got {q.dtype} on {q.device}."
-                " Use engine.precision=bf16, or model.attention_backend=auto."
+                f"model.attention_backend={backend}: {unfit}. Use engine.precision=bf16 on a GPU, or"
+                " model.attention_backend=auto."
             )
-        return usable and self.backend != "sdpa" and _flash_installed()
+        if backend == "triton":
+            if torch.cuda.get_device_capability(device)[0] > 9:
+                raise BackendError(
+                    "model.attention_backend=triton: Triton's compiler does not take these kernels for compute"
+                    " capability 10. Use model.attention_backend=auto."
+                )
+        else:
+            _packed(backend)
+        return Choice(backend)
+    problems = [unfit] if unfit else []
+    for name, importer in ({} if unfit else _PACKED).items():
+        if not (problem := load(importer).problem):
+            return Choice(name)
+        problems.append(problem)
+    return Choice("sdpa", " and ".join(problems))
 
 
-def _unit(x_BLHD: Tensor, dtype: torch.dtype, scale_H1: Tensor | None = None) -> Tensor:
-    """Unit vectors (times `scale`) in `dtype`; the norm is taken wide."""
-    norm: Tensor = torch.linalg.vector_norm(x_BLHD, dim=-1, keepdim=True, dtype=wide(x_BLHD.dtype))
-    norm = norm.clamp_min(NORM_FLOOR)
-    factor = norm.reciprocal() if scale_H1 is None else scale_H1 / norm
-    return (x_BLHD * factor).to(dtype)
+def _unfit(dtype: torch.dtype, device: torch.device, head_width: int) -> str:
+    """Why kernels for packed sequences cannot take such tensors; empty if they can."""
+    if device.type != "cuda":
+        return f"kernels for packed sequences need a GPU, and tensors are on {device}"
+    if dtype not in HALF:
+        return f"kernels for packed sequences need bf16 or fp16, and tensors are {dtype}".replace("torch.", "")
+    if head_width % 8 or head_width > 256:
+        return (
+            f"kernels for packed sequences need heads of a multiple of 8 up to 256 channels, and they have {head_width}"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"kernels for packed sequences need compute capability 8.0, and {device} has less"
+    return ""
 
 
 def _attend_sdpa(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
@@ -117,14 +160,17 @@ def _attend_sdpa(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[
     return torch.cat(outs, dim=1)
 
 
-def _attend_flash(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    batch = q_BLHD.shape[0]
-    bounds, longest = _varlen_on(lengths, batch, q_BLHD.device)
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+"""q, k and v (T, H, D), the segments' boundaries (int32), the longest segment, the softmax's scale -> (T, H, D)."""
+
+
+def _attend_packed(
+    attend: PackedAttention, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    """All scales of all images in one call, as segments of one long sequence."""
+    bounds, longest = _varlen_on(lengths, q_BLHD.shape[0], q_BLHD.device)
     q_THD, k_THD, v_THD = (t.flatten(0, 1) for t in (q_BLHD, k_BLHD, v_BLHD))
-    out_THD: Tensor = _flash_attention()(
-        q_THD, k_THD, v_THD, bounds, bounds, longest, longest, softmax_scale=scale, causal=False
-    )
-    return out_THD.view(q_BLHD.shape)
+    return attend(q_THD, k_THD, v_THD, bounds, longest, scale).view(q_BLHD.shape)
 
 
 @lru_cache(maxsize=64)
@@ -133,18 +179,49 @@ def _varlen_on(lengths: tuple[int, ...], batch: int, device: torch.device) -> tu
     return torch.tensor(bounds, dtype=torch.int32, device=device), longest
 
 
-@lru_cache(maxsize=1)
-def _flash_installed() -> bool:
-    return find_spec("flash_attn") is not None
+def _torch_varlen() -> PackedAttention:
+    """torch's own flash attention over packed sequences (torch 2.11; before, it took no scale)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "scale" not in inspect.signature(varlen_attn).parameters:
+        raise ImportError(f"torch {torch.__version__} has no varlen_attn with a scale")
+
+    def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+        out_THD: Any = varlen_attn(q_THD, k_THD, v_THD, bounds, bounds, longest, longest, scale=scale)
+        return cast(Tensor, out_THD)
+
+    return attend
 
 
-def _flash_attention() -> Callable[..., Tensor]:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise BackendError(
-            f"attention_backend=flash: the package flash-attn cannot be imported ({error}). Install it as "
-            "requirements-gpu.txt says, or use model.attention_backend=auto."
-        ) from None
-    function: Callable[..., Tensor] = flash_attn_varlen_func
-    return function
+def _flash_attn() -> PackedAttention:
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+        # Unlike torch's own, it does not ask torch whether its backward pass may add in any order.
+        exact = torch.are_deterministic_algorithms_enabled()
+        out_THD: Any = flash_attn_varlen_func(
+            q_THD, k_THD, v_THD, bounds, bounds, longest, longest, softmax_scale=scale, deterministic=exact
+        )
+        return cast(Tensor, out_THD)
+
+    return attend
+
+
+_PACKED: dict[str, Callable[[], PackedAttention]] = {"varlen": _torch_varlen, "flash": _flash_attn}
+
+
+def _triton() -> Callable[..., Tensor]:
+    """Our own kernels: q/k norm and attention in one."""
+    from mvar.model.kernels.scale_attention_triton import attend
+
+    return attend
+
+
+def _packed(name: str) -> PackedAttention:
+    advice = {"varlen": "It needs torch 2.11 or newer", "flash": "Install flash-attn as requirements-gpu.txt says"}[
+        name
+    ]
+    found = load(_PACKED[name]).require(
+        f"model.attention_backend={name}", f"{advice}, or use model.attention_backend=auto."
+    )
+    return cast(PackedAttention, found)

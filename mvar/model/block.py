@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.model.attention import AttentionBackend, ScaleAttention
-from mvar.model.conditioning import NormBackend, layer_norm, modulated_norm, project, projection
+from mvar.model.conditioning import NormBackend, norms, project, projection
+from mvar.model.kernels import fused
+from mvar.model.kernels.mamba_ssm import MambaBackend
 from mvar.model.kernels.precision import Linear, wide
-from mvar.model.mamba2 import Mamba2, MambaBackend, MambaState
+from mvar.model.mamba2 import Mamba2, MambaState
 
 BRANCHES = 3
 """Residual branches of a block, in order: attention, Mamba-2, feed-forward."""
@@ -48,7 +50,7 @@ class Block(nn.Module):
         norm_backend: NormBackend,
     ) -> None:
         super().__init__()
-        self.norm = layer_norm(width, norm_backend)
+        self.norms = norms(width, norm_backend)
         self.attn = ScaleAttention(width, heads, l2_norm=l2_norm, backend=attention_backend)
         self.mamba = Mamba2(width, backend=mamba_backend)
         self.ffn = FeedForward(width)
@@ -79,16 +81,11 @@ class Block(nn.Module):
             vectors_B9C = project(self.ada_lin, cond, VECTORS, dtype)
         vectors_B9C = vectors_B9C.to(wide(x_BLC.dtype))
         gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.chunk(3, dim=1))
-        for branch in range(BRANCHES):
-            gate_BC = gates_GBC[branch]
-            if drop_path_GB is not None:
-                gate_BC = gate_BC * drop_path_GB[branch].to(gate_BC).unsqueeze(-1)
-            h_BLC = modulated_norm(self.norm, x_BLC, scales_GBC[branch], shifts_GBC[branch], dtype)
-            if branch == 0:
-                h_BLC = self.attn(h_BLC, lengths)
-            elif branch == 1:
-                h_BLC = self.mamba(h_BLC, state)
-            else:
-                h_BLC = self.ffn(h_BLC)
-            x_BLC = torch.addcmul(x_BLC, h_BLC.to(x_BLC.dtype), gate_BC.unsqueeze(1))
-        return x_BLC
+        if drop_path_GB is not None:
+            gates_GBC = tuple(g * kept.to(g).unsqueeze(-1) for g, kept in zip(gates_GBC, drop_path_GB, strict=True))
+        x_BLC, h_BLC = self.norms.first(x_BLC, scales_GBC[0], shifts_GBC[0], dtype)
+        out_BLC = self.attn(h_BLC, lengths)
+        x_BLC, h_BLC = self.norms.after(x_BLC, out_BLC, gates_GBC[0], scales_GBC[1], shifts_GBC[1], dtype)
+        out_BLC = self.mamba(h_BLC, state)
+        x_BLC, h_BLC = self.norms.after(x_BLC, out_BLC, gates_GBC[1], scales_GBC[2], shifts_GBC[2], dtype)
+        return fused.residual(x_BLC, self.ffn(h_BLC), gates_GBC[2])

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvar.model.kernels import fused
 from mvar.model.kernels import mamba_ssm as mamba_kernels
-from mvar.model.kernels.mamba_ops import causal_conv, gated_norm
+from mvar.model.kernels.arithmetic import tf32_allowed
+from mvar.model.kernels.mamba_ops import causal_conv
+from mvar.model.kernels.mamba_ssm import MambaBackend
 from mvar.model.kernels.precision import Linear, no_autocast, wide
 from mvar.model.kernels.ssd import ssd
-
-MambaBackend = Literal["auto", "torch", "mamba_ssm"]
 
 STATE = 64
 HEAD_WIDTH = 64
@@ -67,7 +67,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y_BLI: Tensor, z_BLI: Tensor) -> Tensor:
         """(B, L, 2C) -> the same."""
-        return gated_norm(y_BLI, z_BLI, self.weight, NORM_EPS)
+        return fused.gated_norm(y_BLI, z_BLI, self.weight.view_as(self.weight), NORM_EPS)
 
 
 class Mamba2(nn.Module):
@@ -94,18 +94,11 @@ class Mamba2(nn.Module):
         """(B, L, C) -> (B, L, C). With `state`, goes on from it and leaves in it the state after the last token."""
         zxbcdt_BLE = self.in_proj(u_BLC)
         with no_autocast(u_BLC):
-            if self._use_kernels(zxbcdt_BLE):
-                mixed = self._mix_kernels(zxbcdt_BLE, state)
-            else:
-                mixed = self._mix_torch(zxbcdt_BLE, state)
+            chosen = mamba_kernels.choose(self.backend, zxbcdt_BLE.dtype, zxbcdt_BLE.device, tf32_allowed())
+            mix = self._mix_kernels if chosen.name == "mamba_ssm" else self._mix_torch
+            mixed = mix(zxbcdt_BLE, state)
         out: Tensor = self.out_proj(mixed)
         return out
-
-    def _use_kernels(self, x: Tensor) -> bool:
-        if self.backend == "mamba_ssm":
-            mamba_kernels.check_device(x)
-            return True
-        return self.backend == "auto" and x.is_cuda and x.dtype != torch.float64 and mamba_kernels.available()
 
     def _decays(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """dt_bias, A and D, wide. With `exact_3H`, its values and the parameters' gradients."""

@@ -16,7 +16,7 @@ ActivationCheckpointing = Literal["off", "every", "selective"] | int
 
 _LINEAR = {"aten::mm", "aten::addmm", "mvar::linear_by_fp32"}
 """Linear layers. Batched products are Mamba's scan, which works in place and is done again as a whole."""
-_ATTENTION = ("aten::_scaled_dot_product_", "flash_attn::")
+_ATTENTION = ("aten::_scaled_dot_product_", "torch_attn::_varlen_attn", "flash_attn::")
 
 
 def recomputes(setting: ActivationCheckpointing, index: int) -> bool:

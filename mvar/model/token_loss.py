@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mvar.model.kernels import fused
 
 CHUNK = 8192
 """Tokens whose logits exist together."""
@@ -49,9 +50,4 @@ def token_losses(head: nn.Module, features_BLC: Tensor, codes_BL: Tensor, smooth
 
 
 def _losses(head: nn.Module, features_NC: Tensor, codes_N: Tensor, smoothing: float) -> TokenLosses:
-    logits_NV = head(features_NC)
-    loss_N = F.cross_entropy(logits_NV, codes_N, reduction="none", label_smoothing=smoothing)
-    with torch.no_grad():
-        nll_N = F.cross_entropy(logits_NV, codes_N, reduction="none") if smoothing else loss_N.detach()
-        correct_N = logits_NV.argmax(dim=-1) == codes_N
-    return TokenLosses(loss_N, nll_N, correct_N)
+    return TokenLosses(*fused.token_losses(head(features_NC), codes_N, smoothing))

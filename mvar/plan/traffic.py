@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mvar.plan.memory import DEFAULT_LIVE, DEFAULT_PERSISTENT, Setup
+from mvar.ds_config import WIDE_SUMS_FROM
+from mvar.plan.memory import DEFAULT_LIVE, DEFAULT_PERSISTENT, FP32, Setup
 from mvar.plan.sizes import Sizes
 
 DEFAULT_REUSE = 1_000_000_000
@@ -41,11 +42,12 @@ class Traffic:
 def traffic(sizes: Sizes, setup: Setup) -> Traffic:
     """Sums over ranks of losses and norms, some hundred bytes, are left out."""
     N, e, P = setup.world, setup.weight_bytes, sizes.parameters
+    g = FP32 if N >= WIDE_SUMS_FROM else e
     if setup.stage == 0:
-        return Traffic(e * P, 0, 0, N)
+        return Traffic(g * P, 0, 0, N)
     if setup.stage < 3:
         times = setup.accumulation if setup.stage == 2 else 1
-        return Traffic(times * e * P, 0, e * P // N if N > 1 else 0, N)
+        return Traffic(times * g * P, 0, e * P // N if N > 1 else 0, N)
     counts = [count for group in sizes.groups for count in group]
     padded = sum(-(-count // N) * N for count in counts)
     threshold = setup.number("stage3_param_persistence_threshold", DEFAULT_PERSISTENT)
@@ -53,7 +55,7 @@ def traffic(sizes: Sizes, setup: Setup) -> Traffic:
     often = sum(-(-count // N) for count in counts if count > threshold)
     gathers = setup.accumulation * (1 if _kept_for_backward(sizes, setup) else 2)
     gathered = e * (gathers * often + kept) if N > 1 else 0
-    return Traffic(0, setup.accumulation * e * padded, gathered, N)
+    return Traffic(0, setup.accumulation * g * padded, gathered, N)
 
 
 def _kept_for_backward(sizes: Sizes, setup: Setup) -> bool:

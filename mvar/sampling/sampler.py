@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class ScaleSample:
     scale: int
     codes_BLk: Tensor
     f_hat_BChw: Tensor
+    finite: Tensor
+    """bool, on the device: whether the logits were. A host that read it now would wait for the device."""
 
 
 def generate(
@@ -87,13 +90,31 @@ def generate_scales(
     assert isinstance(core, MVAR)
     check_geometry(core, quantizer)
     device = core.pos_start.device
-    labels_B = labels_B.to(device)
-    seeds_B = _check_request(core, labels_B, top_k, top_p, seeds).to(device)
+    seeds_B = check_request(core, labels_B, top_k, top_p, seeds).to(device)
+    finite: list[Tensor] = []
+    for step in draw_scales(model, quantizer, labels_B.to(device), seeds_B, cfg, top_k, top_p, smooth):
+        finite.append(step.finite)
+        if step.scale + 1 == core.pyramid.num_scales:
+            require_finite(core, torch.stack(finite))
+        yield step
 
+
+def draw_scales(
+    model: nn.Module,
+    quantizer: Quantizer,
+    labels_B: Tensor,
+    seeds_B: Tensor,
+    cfg: float,
+    top_k: int,
+    top_p: float,
+    smooth: bool,
+) -> Iterator[ScaleSample]:
+    """The work of `generate_scales`, with labels and seeds on the model's device. The host reads nothing back."""
+    core: Any = getattr(model, "module", model)
     guided = cfg != 0
     doubled_B = torch.cat((labels_B, torch.full_like(labels_B, core.num_classes))) if guided else labels_B
     state = DecodeState()
-    f_hat_BChw = quantizer.start(len(labels_B), device)
+    f_hat_BChw = quantizer.start(len(labels_B), labels_B.device)
     inputs_BLkC: Tensor | None = None
     for scale in range(core.pyramid.num_scales):
         progress = scale / max(core.pyramid.num_scales - 1, 1)
@@ -103,11 +124,6 @@ def generate_scales(
             with_class_BLV, without_BLV = logits_BLV.chunk(2)
             strength = cfg * progress
             logits_BLV = (1 + strength) * with_class_BLV - strength * without_BLV
-        if not bool(logits_BLV.isfinite().all()):
-            raise MvarError(
-                f"sampling: the logits of scale {scale} are not finite. The weights are damaged or overflow in "
-                f"{core.head.weight.dtype}; check the file, or sample with --precision fp32."
-            )
         greedy = top_k == 1
         kept_BLV = filter_logits(logits_BLV, top_k, top_p) if smooth or not greedy else logits_BLV
         if greedy:
@@ -119,7 +135,17 @@ def generate_scales(
             f_hat_BChw, inputs_BLkC = quantizer.add_words(f_hat_BChw, words_BLkC, scale)
         else:
             f_hat_BChw, inputs_BLkC = quantizer.add_scale(f_hat_BChw, codes_BLk, scale)
-        yield ScaleSample(scale, codes_BLk, f_hat_BChw)
+        yield ScaleSample(scale, codes_BLk, f_hat_BChw, logits_BLV.isfinite().all())
+
+
+def require_finite(model: MVAR, finite_S: Tensor) -> None:
+    """Raise MvarError unless the logits of every scale were finite."""
+    finite = finite_S.tolist()
+    if not all(finite):
+        raise MvarError(
+            f"sampling: the logits of scale {finite.index(False)} are not finite. The weights are damaged or overflow"
+            f" in {model.head.weight.dtype}; check the file, or sample with --precision fp32."
+        )
 
 
 def check_geometry(model: MVAR, quantizer: Quantizer) -> None:
@@ -134,7 +160,7 @@ def check_geometry(model: MVAR, quantizer: Quantizer) -> None:
             )
 
 
-def _check_request(model: MVAR, labels_B: Tensor, top_k: int, top_p: float, seeds: Iterable[int] | None) -> Tensor:
+def check_request(model: MVAR, labels_B: Tensor, top_k: int, top_p: float, seeds: Iterable[int] | None) -> Tensor:
     """The seeds as int64, after checking the arguments that a user chooses."""
     if labels_B.dim() != 1 or len(labels_B) == 0:
         raise ConfigError(f"labels: got shape {tuple(labels_B.shape)}, expected (B,) with at least one image.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mvar.model.kernels.arithmetic import running_sum
 from mvar.sampling.uniforms import word_uniforms
 
 
@@ -27,9 +28,10 @@ def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
     if nucleus:
         threshold_BL1, ties_BL1 = _nucleus(logits_BLV, ascending_BLK, 1 - top_p)
     removed_BLV = logits_BLV < threshold_BL1
-    if ties_BL1 is not None and bool(ties_BL1.any()):
+    # Ties are rare. Where the host computes it may look; a device would be waited for.
+    if ties_BL1 is not None and (ties_BL1.device.type != "cpu" or bool(ties_BL1.any())):
         tied_BLV = logits_BLV == threshold_BL1
-        removed_BLV |= tied_BLV & (tied_BLV.cumsum(dim=-1) <= ties_BL1)
+        removed_BLV |= tied_BLV & (tied_BLV.cumsum(dim=-1, dtype=torch.int32) <= ties_BL1)
     return logits_BLV.masked_fill(removed_BLV, -torch.inf)
 
 
@@ -44,7 +46,7 @@ def _nucleus(logits_BLV: Tensor, ascending_BLK: Tensor, tail: float) -> tuple[Te
     weights_BLK = (ascending_BLK - ascending_BLK[..., -1:]).exp()
     total_BL1 = weights_BLK.sum(-1, keepdim=True) + unlisted_BL1 * weights_BLK[..., :1]
     share_BLK = weights_BLK / total_BL1
-    below_BLK = share_BLK.cumsum(-1) + unlisted_BL1 * share_BLK[..., :1]
+    below_BLK = running_sum(share_BLK, -1) + unlisted_BL1 * share_BLK[..., :1]
     gone_BL1 = (below_BLK <= tail).sum(-1, keepdim=True).clamp_max(ascending_BLK.shape[-1] - 1)
     threshold_BL1 = ascending_BLK.gather(-1, gone_BL1)
     places_K = torch.arange(ascending_BLK.shape[-1], device=ascending_BLK.device)
@@ -59,9 +61,10 @@ def draw_codes(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
 
     float64 sums and the fixed order keep rounding of the logits from changing a draw, but for about one in a million.
     """
-    cumulated_BLV = logits_BLV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cumulated_BLV = running_sum(logits_BLV.softmax(dim=-1), -1, torch.float64)
     aim_BL1 = (uniforms_BL * cumulated_BLV[..., -1]).unsqueeze(-1)
-    return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1)
+    # Without the bound, logits that are not finite would name a word that there is none of.
+    return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1).clamp_max(logits_BLV.shape[-1] - 1)
 
 
 def mix_words(logits_BLV: Tensor, words_VC: Tensor, seeds_B: Tensor, scale: int, progress: float) -> Tensor:

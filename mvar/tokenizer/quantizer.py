@@ -9,7 +9,8 @@ scale k, S scales, V words of the codebook, N rows of any kind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.errors import ConfigError, TokenizerError
+from mvar.model.kernels.arithmetic import ieee
+from mvar.model.kernels.precision import no_autocast
 from mvar.scales import ScalePyramid
 
 PHI_OF_SCALE: dict[tuple[int, int], tuple[int, ...]] = {
@@ -87,7 +90,7 @@ class PhiBank(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Codebook and phi convolutions of one pyramid. All arithmetic is float32, also under autocast.
+    """Codebook and phi convolutions of one pyramid. All arithmetic is IEEE float32, also under autocast and TF32.
 
     `vocab_size` words of `latent_channels`; `patch_nums`: sides of the token maps, the last is the feature map's side;
     `phis`: phi convolutions; `phi_ratio`: their share of the result. State-dict names and shapes are the published
@@ -153,7 +156,7 @@ class Quantizer(nn.Module):
         `kept_scales_B` (int64, 1 to S): scales that make up each image's `f_hat_BChw`; all by default.
         """
         f_BChw = self._checked(f_BChw)
-        with torch.autocast(f_BChw.device.type, enabled=False):
+        with _exact(f_BChw):
             steps = self._residual_steps(f_BChw)
             codebook = torch.stack([F.mse_loss(f_hat, f_BChw.detach()) for f_hat in steps.f_hats_k]).mean()
             commitment = torch.stack([F.mse_loss(f_BChw, f_hat.detach()) for f_hat in steps.f_hats_k]).mean()
@@ -166,7 +169,7 @@ class Quantizer(nn.Module):
 
     def nearest(self, rows_NC: Tensor) -> Tensor:
         """The word nearest to each row by squared Euclidean distance: float32 (N, C) -> int64 (N,)."""
-        with torch.no_grad(), torch.autocast(rows_NC.device.type, enabled=False):
+        with torch.no_grad(), _exact(rows_NC):
             return self._nearest(rows_NC.float(), self._half_norms_V())
 
     def shrunk(self, f_BChw: Tensor, scale: int) -> Tensor:
@@ -193,7 +196,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def add_words(self, f_hat_BChw: Tensor, words_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """As `add_scale`, from vectors (B, Lk, C) that need not be words: smoothed sampling mixes words."""
-        with torch.autocast(f_hat_BChw.device.type, enabled=False):
+        with _exact(f_hat_BChw):
             f_hat_BChw = f_hat_BChw + self._mended(words_BLC, scale)
             if scale + 1 == self.pyramid.num_scales:
                 return f_hat_BChw, None
@@ -244,7 +247,7 @@ class Quantizer(nn.Module):
 
     def _residual_steps(self, f_BChw: Tensor) -> _Steps:
         """Take what the coarser scales left, scale by scale (Algorithm 1)."""
-        with torch.autocast(f_BChw.device.type, enabled=False):
+        with _exact(f_BChw):
             half_norms_V = self._half_norms_V()
             rest_BChw = f_BChw.detach()
             f_hat_BChw = torch.zeros_like(f_BChw)
@@ -302,6 +305,13 @@ class _Steps:
     codes_k: tuple[Tensor, ...]
     f_hats_k: tuple[Tensor, ...]
     residuals_k: tuple[Tensor, ...]
+
+
+@contextmanager
+def _exact(tensor: Tensor) -> Iterator[None]:
+    """Neither autocast nor TF32: codes are a format, and residual quantization amplifies small errors."""
+    with no_autocast(tensor), ieee(tensor.device):
+        yield
 
 
 def _rows_BLC(f_BChw: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.errors import ConfigError, TokenizerError
+from mvar.model.kernels.arithmetic import ieee
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.quantizer import Quantizer
 
@@ -115,10 +116,11 @@ class VQVAE(nn.Module):
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) float32 in [-1, 1] -> codes (B, L) int64, scales concatenated, each in raster order.
 
-        Under autocast only the convolutions are rounded; the quantizer is float32 always. Raises TokenizerError for
-        another shape.
+        Under autocast only the convolutions are rounded; everything else is IEEE float32, also on GPUs. Raises
+        TokenizerError for another shape.
         """
-        return self.quantize.encode(self.features(images_BCHW))
+        with ieee(images_BCHW.device):
+            return self.quantize.encode(self.features(images_BCHW))
 
     @torch.no_grad()
     def decode(self, codes_BL: Tensor) -> Tensor:

@@ -28,7 +28,10 @@ from mvar.config import ModelConfig, OptimConfig, TrainConfig
 from mvar.data.stream import Batch
 from mvar.ds_config import BatchSplit
 from mvar.errors import BackendError, ConfigError
+from mvar.model.choices import choices
 from mvar.model.init import Initializer
+from mvar.model.kernels import fused
+from mvar.model.kernels.arithmetic import Arithmetic
 from mvar.model.mamba2 import DECAYS, Mamba2
 from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.run.world import World
@@ -87,6 +90,11 @@ class Engine:
         tree = ds_config.resolve(config, split)
         _check_accelerator(config)
         self.stage = int(tree["zero_optimization"]["stage"])
+        arithmetic = Arithmetic.of(config.engine.precision, config.engine.tf32, world.device)
+        arithmetic.apply()
+        self.choices = choices(model, arithmetic, config.engine.compile)
+        """How this run computes, by name."""
+        fused.switch(self.choices["compile"].name == "on")
         self._engine, client = self._initialize(tree)
         self._optimizer = client
         self.partition = Partition(self._engine, client, ema=config.optim.ema_decay > 0)
@@ -269,7 +277,7 @@ class Engine:
     def drawing(self) -> Iterator[nn.Module]:
         """The model for `mvar.sampling.sampler`, on all ranks, each with equally many calls of it."""
         self._engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), fused.eager():
             yield self.model
         self._engine.train()
 

@@ -46,6 +46,7 @@ def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | 
         run.finished.unlink(missing_ok=True)
         run.config.write_text(dump(job.config), encoding="utf-8")
         print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
+        print("\n".join(f"  {name}: {choice}" for name, choice in engine.choices.items()), flush=True)
         if len(job.plan.stretches) > 1:
             print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)
     return done

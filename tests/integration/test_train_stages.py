@@ -7,6 +7,7 @@ recomputation, which must come first).
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,34 @@ def test_every_stage_with_every_recomputation_on_every_number_of_ranks_is_the_sa
     }
     for name, losses in run_ranks(train_cases, ranks, tmp_path / "job", trees=cases)[0].items():
         assert losses == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("stages", [(0, 1, 2), (3,)])
+def test_every_stage_with_every_recomputation_trains_the_same_when_compiled(
+    tmp_path: Path, trained: Trained, expected: list[float], stages: tuple[int, ...]
+) -> None:
+    store = Path(trained.tree.data.store)
+    cases = {
+        f"stage {stage}, {recompute}": config(
+            tmp_path, store, stage=stage, engine__activation_checkpointing=recompute, engine__compile="on"
+        ).model_dump(mode="json")
+        for stage in stages
+        for recompute in ("selective", "off", "every")
+    }
+    for name, losses in run_ranks(train_compiled, 1, tmp_path / "job", trees=cases)[0].items():
+        assert losses == pytest.approx(expected, rel=1e-5), name
+
+
+def train_compiled(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """`train_cases`, after a look that chains really are compiled, none of them in too many forms."""
+    from torch._dynamo.utils import counters
+
+    found = train_cases(world, trees)
+    # Six chains and the trial; a norm's vectors lie otherwise in memory before the head than in a block.
+    assert counters["stats"]["unique_graphs"] == 6 + 1 + 1, counters["stats"]
+    assert not counters["graph_break"] and not counters["unimplemented"], counters
+    return found
 
 
 def train_with_gradients_in(world: World, tree: dict[str, Any], dtypes: list[str]) -> list[list[list[float]]]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from mvar.errors import BackendError
+from mvar.model.kernels.optional import Choice, load
 
-CHUNK = 256
-"""Chunk length of the official kernels' default."""
+MambaBackend = Literal["auto", "torch", "mamba_ssm"]
+
+CHUNK = 128
+"""Tokens of a chunk. Forward and backward of the fused mixer on an H200 (64 images of 680 tokens, C 1024, bf16): 5.1 ms
+with 64, 4.6 with 128, 5.4 with 256, the packages' default."""
 STRIDE_MULTIPLE = 8
 """causal_conv1d wants rows that begin at multiples of 8 elements."""
 
@@ -28,44 +33,60 @@ class Kernels:
     conv: Any
     scan: Any
     split_conv_scan: Any
+    any_stride: bool
+    """Whether `split_conv_scan` copies rows that do not begin where causal_conv1d wants them (mamba-ssm 2.3)."""
 
 
-@lru_cache(maxsize=1)
+def _import() -> Kernels:
+    from causal_conv1d import causal_conv1d_fn
+    from mamba_ssm.ops.triton import ssd_combined
+
+    return Kernels(
+        causal_conv1d_fn,
+        ssd_combined.mamba_chunk_scan_combined,
+        ssd_combined.mamba_split_conv1d_scan_combined,
+        hasattr(ssd_combined, "ensure_stride"),
+    )
+
+
 def kernels() -> Kernels:
-    """The installed kernels. Raises BackendError, naming what to install, where they are missing."""
-    try:
-        from causal_conv1d import causal_conv1d_fn
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
-    except ImportError as error:
-        raise BackendError(
-            f"mamba_backend=mamba_ssm: mamba-ssm or causal-conv1d cannot be imported ({error}). Install both, built "
-            "for CUDA, as requirements-gpu.txt says, or use model.mamba_backend=torch."
-        ) from None
-    return Kernels(causal_conv1d_fn, mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined)
+    """The installed kernels. Raises BackendError, naming what to install, where they cannot be imported."""
+    found: Kernels = load(_import).require(
+        "model.mamba_backend=mamba_ssm",
+        "Install mamba-ssm and causal-conv1d, built for CUDA, as requirements-gpu.txt says, or use"
+        " model.mamba_backend=torch.",
+    )
+    return found
 
 
-@lru_cache(maxsize=1)
-def available() -> bool:
-    """Whether the kernels can be imported."""
-    try:
+@lru_cache(maxsize=64)
+def choose(backend: MambaBackend, dtype: torch.dtype, device: torch.device, tf32: bool) -> Choice:
+    """The kernels for a projection of that kind; `tf32`: whether fp32 products may run in TF32, as the scan's do.
+
+    Raises BackendError where kernels are asked for by name that cannot run there.
+    """
+    if backend == "mamba_ssm":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendError(
+                f"model.mamba_backend=mamba_ssm: the kernels need a CUDA device, got tensors on {device}."
+                " Use model.mamba_backend=torch or auto."
+            )
         kernels()
-    except BackendError:
-        return False
-    return True
-
-
-def check_device(tensor: Tensor) -> None:
-    """Raise BackendError unless the kernels can run where `tensor` lives (CUDA, or Triton's interpreter)."""
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BackendError(
-            f"mamba_backend=mamba_ssm: the kernels need a CUDA device, got tensors on {tensor.device}. "
-            "Use model.mamba_backend=torch or auto."
-        )
+        return Choice("mamba_ssm")
+    if backend == "torch":
+        return Choice("torch")
+    if device.type != "cuda":
+        return Choice("torch", f"mamba-ssm's kernels need a GPU, and tensors are on {device}")
+    if dtype == torch.float64 or (dtype == torch.float32 and not tf32):
+        return Choice("torch", f"mamba-ssm's scan multiplies {dtype} in TF32".replace("torch.", ""))
+    if problem := load(_import).problem:
+        return Choice("torch", f"mamba-ssm and causal-conv1d cannot be imported ({problem})")
+    return Choice("mamba_ssm")
 
 
 def fusable(zxbcdt_BLE: Tensor) -> bool:
-    """Whether rows of the input projection begin where causal_conv1d wants them. They don't at depth 30."""
-    return zxbcdt_BLE.shape[-1] % STRIDE_MULTIPLE == 0
+    """Whether `fused_mixer` takes rows of the input projection as they are. At depth 30 their stride is odd."""
+    return kernels().any_stride or zxbcdt_BLE.shape[-1] % STRIDE_MULTIPLE == 0
 
 
 def fused_mixer(
@@ -100,7 +121,8 @@ def fused_mixer(
 
 def convolve(x_BLK: Tensor, weight_KW: Tensor, bias_K: Tensor, tail_BVK: Tensor | None) -> Tensor:
     """Causal depthwise convolution and SiLU. `tail`: the rows before x (zeros if None)."""
-    x_BKL = x_BLK.contiguous().transpose(1, 2)
+    strides_fit = all(stride % STRIDE_MULTIPLE == 0 for stride in x_BLK.stride()[:2])
+    x_BKL = (x_BLK if strides_fit else x_BLK.contiguous()).transpose(1, 2)
     initial = None if tail_BVK is None else tail_BVK.to(x_BLK.dtype).contiguous().transpose(1, 2)
     out_BKL: Tensor = kernels().conv(x_BKL, weight_KW, bias_K, initial_states=initial, activation="silu")
     return out_BKL.transpose(1, 2)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mvar.model.kernels.arithmetic import running_sum
 from mvar.model.kernels.blocking import runs
 from mvar.model.kernels.precision import product_dtype, wide
 
@@ -176,7 +177,7 @@ class _ChunkedSum(torch.autograd.Function):
         dC_RQN += torch.bmm(dproducts_RQQ, B_RQN)
         dB_RQN += torch.bmm(dproducts_RQQ.transpose(1, 2), C_RQN)
 
-        dlog_RQH = dsum_RQH.flip(1).cumsum(1).flip(1)  # of dt A
+        dlog_RQH = running_sum(dsum_RQH.flip(1), 1).flip(1)  # of dt A
         ddt_RQH = sent_RQH / chunks.dt_RQH.clamp_min(TINY) + dlog_RQH * A_H
         return (
             dx_RQHP.view(x_BLHP.shape).to(x_BLHP.dtype),
@@ -224,7 +225,7 @@ class _Chunks:
         x_BLHP, B_BLN, C_BLN = (t.to(dtype) for t in (x_BLHP, B_BLN, C_BLN))
         B_RQN, C_RQN = B_BLN.reshape(-1, chunk, B_BLN.shape[-1]), C_BLN.reshape(-1, chunk, C_BLN.shape[-1])
         dt_RQH = dt_BLH.reshape(-1, chunk, heads)
-        sum_RQH = (dt_RQH * A_H).cumsum(1)
+        sum_RQH = running_sum(dt_RQH * A_H, 1)
         dt_RHQ, to_RHQ = dt_RQH.transpose(1, 2).contiguous(), sum_RQH.transpose(1, 2).contiguous()
         return cls(
             x_RQHP=x_BLHP.reshape(-1, chunk, heads, width),

@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_uint8
+from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_model_range, to_uint8
+
+
+def test_bytes_become_the_same_numbers_wherever_they_are() -> None:
+    array = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    plain = torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert torch.equal(from_uint8(array), plain)
+    assert to_model_range(torch.from_numpy(array)).stride() == plain.stride()
 
 
 def test_bytes_survive_the_round_trip() -> None:

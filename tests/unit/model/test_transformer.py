@@ -5,6 +5,7 @@ Legend: B batch, L tokens, V vocabulary, D depth.
 
 import sys
 import weakref
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from mvar.config import ModelConfig
 from mvar.errors import BackendError, ConfigError
 from mvar.model.init import init_weights_
 from mvar.model.kernels import mamba_ssm as mamba_kernels
+from mvar.model.kernels.optional import Loaded, load
 from mvar.model.transformer import MVAR, DecodeState, drop_path_rates
 from mvar.scales import PATCH_NUMS_512
 from tests.golden import golden, golden_json
@@ -353,14 +355,24 @@ def test_inputs_that_do_not_fit_the_scales_are_refused() -> None:
         model(labels_B, x_BLC, scales=range(5))
 
 
+@pytest.fixture
+def no_memory() -> Iterator[None]:
+    """Imports and choices are remembered for a process: forget them before and after."""
+    for forget in (load, mamba_kernels.choose):
+        forget.cache_clear()
+    yield
+    for forget in (load, mamba_kernels.choose):
+        forget.cache_clear()
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_mamba_kernels_asked_for_by_name_and_missing_name_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "causal_conv1d", None)
-    mamba_kernels.kernels.cache_clear()
-    with pytest.raises(BackendError, match=r"mamba-ssm.*causal-conv1d.*requirements-gpu\.txt"):
+    monkeypatch.setitem(sys.modules, "causal_conv1d", None)
+    with pytest.raises(BackendError, match=r"mamba_backend=mamba_ssm.*causal-conv1d.*requirements-gpu\.txt"):
         small(mamba_backend="mamba_ssm")
-    mamba_kernels.kernels.cache_clear()
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_mamba_kernels_asked_for_by_name_refuse_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mamba_kernels, "kernels", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -369,6 +381,30 @@ def test_mamba_kernels_asked_for_by_name_refuse_a_cpu(monkeypatch: pytest.Monkey
         model(*batch_of(model))
 
 
+@pytest.mark.usefixtures("no_memory")
+def test_mamba_kernels_that_cannot_be_imported_are_done_without_and_the_reason_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with an extension that was built for another torch: the package is there, its import fails."""
+    broken = ModuleType("causal_conv1d")
+    broken.__getattr__ = lambda name: (_ for _ in ()).throw(OSError(f"undefined symbol behind {name}"))  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "causal_conv1d", broken)
+    told = mamba_kernels.choose("auto", torch.bfloat16, torch.device("cuda"), True)
+    assert told.name == "torch" and "OSError: undefined symbol" in told.why
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_mamba_kernels_are_not_taken_where_fp32_means_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(mamba_kernels, "load", lambda _: Loaded(None))
+    assert mamba_kernels.choose("auto", torch.bfloat16, gpu, False).name == "mamba_ssm"
+    assert mamba_kernels.choose("auto", torch.float32, gpu, True).name == "mamba_ssm"
+    exact = mamba_kernels.choose("auto", torch.float32, gpu, False)
+    assert exact.name == "torch" and "TF32" in exact.why
+    assert mamba_kernels.choose("auto", torch.bfloat16, torch.device("cpu"), False).name == "torch"
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_apex_normalises_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """apex needs CUDA to build, so a stand-in with its documented signature takes its place here."""
     made: list[tuple[int, float, bool]] = []
@@ -390,6 +426,7 @@ def test_apex_normalises_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(fused(labels_B, x_BLC), plain(labels_B, x_BLC))
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_apex_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apex.normalization", None)
     with pytest.raises(BackendError, match="norm_backend=apex"):

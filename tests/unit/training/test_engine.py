@@ -53,6 +53,20 @@ def test_shipped_templates_resolve(name: str, tmp_path: Path) -> None:
     assert DeepSpeedConfig({**tree, "train_batch_size": 32, "gradient_accumulation_steps": 4}) is not None
 
 
+@pytest.mark.parametrize(
+    ("precision", "ranks", "expected"),
+    [("bf16", 8, None), ("bf16", 63, None), ("bf16", 64, "fp32"), ("fp16", 512, "fp32"), ("fp32", 512, None)],
+)
+def test_many_ranks_add_up_their_gradients_in_fp32(precision: str, ranks: int, expected: str | None) -> None:
+    config = train_config("ds_configs/zero2.json", engine__precision=precision)
+    assert resolve(config, BatchSplit(ranks * 8, ranks, 8, 1)).get("communication_data_type") == expected
+
+
+def test_a_template_may_decide_how_gradients_are_added_up(tmp_path: Path) -> None:
+    path = write(tmp_path, communication_data_type="bf16")
+    assert resolve(train_config(path), BatchSplit(4096, 512, 8, 1))["communication_data_type"] == "bf16"
+
+
 def test_templates_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_template(Path("ds_configs/zero2.json")).is_file()
