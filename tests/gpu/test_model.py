@@ -19,6 +19,7 @@ from mvar.errors import BackendError
 from mvar.model.attention import AttentionBackend
 from mvar.model.conditioning import NormBackend
 from mvar.model.init import init_weights_
+from mvar.model.kernels import fused
 from mvar.model.mamba2 import MambaBackend
 from tests.golden import golden, golden_json
 from tests.gpu.parity import BANDS, MODES, TF32, Band, Mode, assert_near, backend_or_skip, error, place
@@ -80,6 +81,18 @@ def test_model_equals_float64(
     exact = mode.dtype == torch.float32
     band = TF32 if exact and mamba == "mamba_ssm" else Band(BANDS[mode.dtype].value * 2, BANDS[mode.dtype].few * 2)
     check(device, mode, band, attention_backend=attention, mamba_backend=mamba)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_fused_chains_equal_float64(device: torch.device, mode: Mode) -> None:
+    """The kernels that engine.compile switches on: our own, and what torch.compile makes."""
+    if device.type == "cpu":
+        pytest.skip("compiling takes minutes on a CPU; tests/unit does it for single chains")
+    fused.switch(True)
+    try:
+        check(device, mode, Band(BANDS[mode.dtype].value * 2, BANDS[mode.dtype].few * 2))
+    finally:
+        fused.switch(False)
 
 
 @pytest.mark.parametrize("mode", MODES[:2], ids=str)
