@@ -9,11 +9,14 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("ds_configs/*.json", "ds_configs/README.md", "recipes/*.yaml")
-SHIPPED += ("slurm/*.sbatch", "slurm/*.sh", "slurm/site.env.example", "slurm/README.md")
+SHIPPED = (
+    *("ds_configs/*.json", "ds_configs/README.md"),
+    "recipes/*.yaml",
+    *("slurm/*.sbatch", "slurm/*.sh", "slurm/site.env.example", "slurm/README.md"),
+)
 
 
-class BuildWithShipped(build_py):
+class BuildWithShipped(build_py):  # type: ignore[misc]  # setuptools has no types.
     """Copies SHIPPED to mvar/_shipped/. An editable install stays as it is: it reads the checkout."""
 
     def run(self) -> None:

@@ -32,7 +32,8 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ] && times=$(timeout 30 squeue -h -j "$JOB" -o
 fi
 
 # launch [SRUN OPTIONS] -- COMMAND...: the job's tasks, in the site's container if it has one. If one fails, all end.
-# USR1 is ignored until the command listens for it, so that asking a task to stop early does not kill it.
+# They run in this folder, also where a container begins in another. USR1 is ignored until the command listens for it, so
+# that asking a task to stop early does not kill it.
 launch() {
   local options=()
   while [ "$1" != -- ]; do
@@ -41,7 +42,7 @@ launch() {
   done
   shift
   # shellcheck disable=SC2016,SC2086
-  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c 'trap "" USR1; exec "$@"' mvar "$@"
+  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c 'trap "" USR1; cd "$1" && shift && exec "$@"' mvar "$PWD" "$@"
 }
 
 # tasks_of_array ARGUMENTS...: sets `share` to the --task and --tasks of this task of an array. With --tasks N among the
