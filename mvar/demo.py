@@ -27,6 +27,7 @@ import torch
 from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.errors import MvarError
+from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_uint8
 from mvar.images.pixels import read_rgb
 from mvar.images.sources import ImageFolder
@@ -188,7 +189,7 @@ def write_report(demo: Demo, seconds: float) -> dict[str, Any]:
             "images": str(demo.images),
         },
     }
-    (demo.report / "metrics.json").write_text(json.dumps(payload, indent=1) + "\n")
+    write_text(demo.report / "metrics.json", json.dumps(payload, indent=1) + "\n")
     return figures
 
 

@@ -9,6 +9,10 @@ class ConfigError(MvarError):
     """A configuration that cannot be run."""
 
 
+class WriteError(MvarError):
+    """A file or folder that cannot be written: no room, no permission, or a disk that fails."""
+
+
 class StoreError(MvarError):
     """A code store that is missing, damaged, incomplete, or made for another model."""
 

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from mvar.cli import run_command
 from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
+from mvar.files.disk import remove_stale, write_text
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
 from mvar.model.transformer import MVAR
 from mvar.sampling.sampler import check_geometry, generate_latent
@@ -142,10 +142,7 @@ def claim(out: Path, settings: Settings) -> None:
     try:
         theirs = json.loads(path.read_text())
     except FileNotFoundError:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f".{RECORD}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(ours, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(ours, indent=1) + "\n")
         return
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -158,14 +155,9 @@ def claim(out: Path, settings: Settings) -> None:
         )
 
 
-def remove_leftovers(out: Path, pictures: Sequence[Picture]) -> None:
-    """Temporary files of this task's pictures that a kill left behind."""
-    names = {f".{picture.path(out).name}." for picture in pictures}
-    for folder in {picture.path(out).parent for picture in pictures}:
-        if folder.is_dir():
-            for entry in os.scandir(folder):
-                if entry.name.endswith(".tmp") and any(entry.name.startswith(name) for name in names):
-                    os.unlink(entry.path)
+def is_written(path: Path) -> bool:
+    """Whether a picture is there. A crash of the machine can leave an empty file of its name."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def draw_all(painter: Painter, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Bytes]]:
@@ -192,7 +184,7 @@ def write_grid(
             continue
         assert out is not None
         file = picture.path(out)
-        if not file.is_file():
+        if not is_written(file):
             print(f"grid {path}: left to the task that ends last; {file} does not exist yet", flush=True)
             return
         try:
@@ -290,11 +282,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = dict(draw_all(painter, mine))
     else:
         claim(args.out, settings)
-        remove_leftovers(args.out, mine)
-        waiting = [picture for picture in mine if not picture.path(args.out).is_file()]
+        for folder in {picture.path(args.out).parent for picture in mine}:
+            remove_stale(folder)
+        waiting = [picture for picture in mine if not is_written(picture.path(args.out))]
         print(f"sample: {len(mine)} images are this task's, {len(mine) - len(waiting)} of them exist", flush=True)
         for picture, pixels in draw_all(painter, waiting):
-            save_png(picture.path(args.out), pixels)
+            save_png(picture.path(args.out), pixels, sync=False)
     if args.grid is not None:
         write_grid(args.grid, pictures, drawn, None if args.no_images else args.out, args.per_class)
     return 0

@@ -29,6 +29,7 @@ from mvar.cli import run_command
 from mvar.config import TrackingConfig
 from mvar.data.prefetch import Feed
 from mvar.errors import CheckpointError, MvarError
+from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
 from mvar.images.sources import Source
@@ -39,7 +40,7 @@ from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdo
 from mvar.run.tracking import Stopwatch, Tracker
 from mvar.run.world import RemoteError, World, cores
 from mvar.settings import describe, dump, load
-from mvar.tokenizer.files import save_tokenizer, sha256_of, write_atomically
+from mvar.tokenizer.files import save_tokenizer, sha256_of
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
 from mvar.tokenizer.training.console import Console
 from mvar.tokenizer.training.losses import LossTerm, absolute_error, codebook_error, commitment_error, squared_error
@@ -114,7 +115,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         more: dict[str, Any] = {"part": part, "ram_gib": config.ram_gib, "workers": threads}
         pictures = Pictures(source, size, config.resize, config.batch, config.seed, **more)
         if world.is_main:
-            write_atomically(run.config, dump(config).encode())
+            write_text(run.config, dump(config))
             print(f"resuming after step {done}" if done else "beginning", flush=True)
             _announce(config, source, held_out, trainer, pictures.steps_per_epoch)
         tracker = stack.enter_context(_tracker(config, world, done))
@@ -223,7 +224,7 @@ class Training:
         save_png(path, reconstructions(self.held_out.drawn, to_uint8(self.trainer.rebuild(self.held_out.drawn)[0])))
 
     def save(self) -> None:
-        """Write the state. Raises CheckpointError, TrainingError (RemoteError on other ranks)."""
+        """Write the state. Raises WriteError, TrainingError (RemoteError on other ranks)."""
         self.watchdog.feed()
         weights = [*self.trainer.parameters.values(), *self.trainer.vqvae.buffers()]
         require_equal(self.world, weights, f"tokenizer training, step {self.trainer.step_number}")
@@ -231,13 +232,7 @@ class Training:
         self.watchdog.feed()
 
     def write(self) -> None:
-        try:
-            self.tracker.sync()  # A state must not be newer than its records.
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.run.metrics}: cannot be written ({error.strerror}). Free some space; the state saved before is"
-                " whole, and the same command goes on from it."
-            ) from None
+        self.tracker.sync()  # A state must not be newer than its records.
         self.states.write(State(self.trainer.step_number, self.trainer.tensors(), self.identity))
 
     def stop(self) -> int:

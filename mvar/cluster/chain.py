@@ -44,8 +44,9 @@ from mvar.cluster.decisions import (
     expand,
     strikes,
 )
-from mvar.errors import ConfigError, MvarError
+from mvar.errors import ConfigError, MvarError, WriteError
 from mvar.files import json_lines
+from mvar.files.disk import place
 from mvar.run.history import History
 from mvar.run.names import steps_in
 
@@ -77,10 +78,8 @@ class Logs:
 
     def open(self, job: Job) -> None:
         (self.folder / job.name).mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / ".latest.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(job.name)
-        temporary.replace(self.folder / "latest")
+        with contextlib.suppress(WriteError):  # It is a convenience.
+            place(self.folder / "latest", lambda link: link.symlink_to(job.name))
 
     def srun(self, job: str, restarts: int) -> str:
         path = self.folder / job / f"srun-{restarts}.log"

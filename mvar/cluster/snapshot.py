@@ -39,7 +39,7 @@ from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.ds_config import find_template
 from mvar.errors import MvarError
-from mvar.files.disk import sha256_of, sync_folder, tree_digest
+from mvar.files.disk import sha256_of, sync_folder, synced, tree_digest
 from mvar.files.remote import is_url
 from mvar.settings import S, dump, load
 
@@ -206,10 +206,8 @@ def _snapshot_files(folder: Path) -> Iterator[Path]:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with synced(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _rename_new(temporary: Path, final: Path) -> None:

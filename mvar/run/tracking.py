@@ -33,6 +33,7 @@ import psutil
 import torch
 
 from mvar.config import TrackingConfig
+from mvar.files.disk import cannot_write, write_text
 
 Record = dict[str, Any]
 
@@ -85,9 +86,12 @@ class JsonLines:
         self._waiting.clear()
 
     def sync(self) -> None:
-        """To disk: a checkpoint must not be newer than its records. Raises OSError."""
-        self._flush()
-        os.fsync(self._file.fileno())
+        """To disk: a checkpoint must not be newer than its records. Raises WriteError."""
+        try:
+            self._flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(Path(self._file.name), error) from None
 
     def close(self) -> None:
         try:
@@ -108,12 +112,7 @@ def cut_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
 
 
 class Console:
@@ -209,7 +208,7 @@ class WeightsAndBiases:
 
         kept = folder / "wandb-id"
         if not kept.is_file():
-            kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            write_text(kept, uuid.uuid4().hex[:12])
         self._wandb, self._folder, self._every = wandb, folder, config.log_every
         self._run = wandb.init(
             project=config.wandb_project,

@@ -11,6 +11,7 @@ from mvar.checkpoint.record import require_same
 from mvar.checkpoint.weights import initial_values
 from mvar.config import TrainConfig
 from mvar.errors import TrainingError
+from mvar.files.disk import write_text
 from mvar.run.folder import RunFolder
 from mvar.run.world import World
 from mvar.schedule import Plan, Stretch
@@ -44,7 +45,7 @@ def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | 
         done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
     if world.is_main:
         run.finished.unlink(missing_ok=True)
-        run.config.write_text(dump(job.config), encoding="utf-8")
+        write_text(run.config, dump(job.config))
         print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
         if len(job.plan.stretches) > 1:
             print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)

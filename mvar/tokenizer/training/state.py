@@ -9,7 +9,6 @@ Each is complete or absent, whatever kills the process.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -23,7 +22,8 @@ import safetensors.torch
 from torch import Tensor
 
 from mvar.errors import CheckpointError
-from mvar.tokenizer.files import digest_of, write_atomically
+from mvar.files.disk import place, remove_stale, write_file
+from mvar.tokenizer.files import digest_of
 
 FORMAT = 2
 
@@ -62,7 +62,7 @@ class StateFile:
         return self.path.exists() or self.before.exists()
 
     def write(self, state: State) -> None:
-        """Make `state` the newest one; what was the newest becomes the one before. Raises CheckpointError."""
+        """Make `state` the newest one; what was the newest becomes the one before. Raises WriteError."""
         header = {
             "kind": "tokenizer-training",
             "format": FORMAT,
@@ -70,15 +70,9 @@ class StateFile:
             "identity": state.identity,
             "digest": digest_of(state.tensors),
         }
-        try:
-            data = safetensors.torch.save(state.tensors, {"mvar": json.dumps(header, sort_keys=True)})
-            self._keep_newest()
-            write_atomically(self.path, data)
-        except OSError as error:
-            raise CheckpointError(
-                f"training state {self.path}: cannot be written ({error.strerror}). Free some space; the state saved"
-                " before is whole, and the same command goes on from it."
-            ) from None
+        data = safetensors.torch.save(state.tensors, {"mvar": json.dumps(header, sort_keys=True)})
+        self._keep_newest()
+        write_file(self.path, data)
 
     def read(self) -> State:
         """The newest state that is whole; one that is damaged is told of on stderr. Raises CheckpointError."""
@@ -98,19 +92,14 @@ class StateFile:
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written. Only for who holds the folder."""
-        for leftover in self.path.parent.glob(".state*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_stale(self.path.parent, stale_after_s=0)
 
     def _keep_newest(self) -> None:
         """A second name for the newest file, so that at no moment there is none; not if `read` found it damaged."""
         if self._newest_is_damaged or not self.path.exists():
             self._newest_is_damaged = False
             return
-        temporary = self.before.with_name(f".{self.before.name}.{os.getpid()}.tmp")
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        os.link(self.path, temporary)
-        os.replace(temporary, self.before)
+        place(self.before, lambda link: os.link(self.path, link))
 
 
 def _read(path: Path) -> State:

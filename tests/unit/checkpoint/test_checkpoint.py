@@ -22,7 +22,8 @@ from mvar.checkpoint.saving import Part, save
 from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig, TrainConfig
-from mvar.errors import CheckpointError
+from mvar.errors import CheckpointError, WriteError
+from mvar.files.disk import synced
 from mvar.run.launcher import Place
 from mvar.run.names import folder_of, steps_in
 from mvar.run.world import World
@@ -93,7 +94,8 @@ def test_pieces_of_many_ranks_are_read_across_their_borders(tmp_path: Path) -> N
         partition = HandMade(values(7), rank, 4)
         layout = [(key_of(piece.name, kind), (piece.count,)) for piece, kind in partition.layout()]
         name = f"rank-{rank:05d}.safetensors"
-        record = write_tensors(tmp_path / name, layout, (v for *_, v in partition.blocks()), {})
+        with synced(tmp_path / name) as file:
+            record = write_tensors(file, layout, (v for *_, v in partition.blocks()), {})
         parts.append(Part(name, record, partition.owned))
     one: Any = HandMade(values(7))
     template = Record.read(save(tmp_path / "one", one, ALONE, Progress(1), identity()))
@@ -172,7 +174,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving, "_write_synced", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(WriteError, match=r"step-000000002: cannot be written \(No space left on device"):
         saved(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
@@ -265,6 +267,7 @@ def test_places_without_weights_say_so(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         load_weights(tmp_path, step=3)
-    write_tensors(tmp_path / "other.safetensors", [("x", (1,))], [torch.zeros(1)], {})
+    with synced(tmp_path / "other.safetensors") as file:
+        write_tensors(file, [("x", (1,))], [torch.zeros(1)], {})
     with pytest.raises(CheckpointError, match=r"mvar\.model"):
         load_weights(tmp_path / "other.safetensors")

@@ -16,7 +16,7 @@ from mvar.checkpoint.loading import Reader
 from mvar.checkpoint.record import Progress
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
-from mvar.errors import CheckpointError
+from mvar.errors import CheckpointError, WriteError
 from mvar.run.names import folder_of, steps_in
 from tests.unit.checkpoint.test_checkpoint import ALONE, HandMade, identity, values
 
@@ -128,7 +128,7 @@ def test_a_writer_that_fails_in_the_background_raises_when_it_is_settled(
     monkeypatch.setattr(tensors, "_chunks", chunks)
     saving = make(tmp_path, values(1))
     saving.save(Progress(1))
-    with pytest.raises(CheckpointError, match="Input/output error"):
+    with pytest.raises(WriteError, match=r"step-000000001: cannot be written \(Input/output error"):
         saving.settle()
     assert list(tmp_path.iterdir()) == []
     assert saving.settle() == []

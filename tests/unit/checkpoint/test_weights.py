@@ -18,6 +18,7 @@ from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import fitted, initial_values, load_weights, open_weights
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
+from mvar.files.disk import synced
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.run.names import folder_of
@@ -58,7 +59,8 @@ def write_checkpoint(folder: Path, config: ModelConfig, kinds: dict[str, MVAR], 
                     layout.append((f"{kind}/{parameter}", (stop - start,)))
                     values.append(flat[start:stop])
                     pieces.setdefault(parameter, {})[name] = (name, start, stop)
-        files[name] = write_tensors(folder / name, layout, values, {})
+        with synced(folder / name) as file:
+            files[name] = write_tensors(file, layout, values, {})
     record = Record(
         format_version=1,
         progress=Progress(7, 56, 7),

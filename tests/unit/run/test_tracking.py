@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mvar.config import TrackingConfig
+from mvar.errors import WriteError
 from mvar.run import tracking
 from mvar.run.tracking import Guarded, JsonLines, Tracker, cut_after, flat
 
@@ -172,7 +173,7 @@ def test_records_wait_for_room_on_a_full_disk_and_none_is_torn_or_doubled(
         records.write({"kind": "train", "step": step})
     assert capsys.readouterr().err.count("No space left on device; records wait.") == 1
     assert [line["step"] for line in lines(tmp_path)] == [1]
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match=r"metrics\.jsonl: cannot be written \(No space"):
         records.sync()
     disk.room = 10_000
     records.write({"kind": "train", "step": 6})

@@ -6,8 +6,7 @@ import os
 import pytest
 import torch
 
-from mvar.errors import CheckpointError
-from mvar.tokenizer.training import state as states
+from mvar.errors import CheckpointError, WriteError
 from mvar.tokenizer.training.state import State, StateFile
 
 
@@ -63,8 +62,8 @@ def test_a_full_disk_leaves_the_states_before(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(states, "write_atomically", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*goes on from it"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=r"state\.safetensors.*No space left.*what is complete is kept"):
         file.write(some_state(2))
     assert same(StateFile(tmp_path).read(), some_state(1))
 
