@@ -119,7 +119,7 @@ class SplitPlan(pydantic.BaseModel):
     views: tuple[str, ...]
 
 
-class Job(pydantic.BaseModel):
+class TokenizeJob(pydantic.BaseModel):
     """All that a shard's bytes depend on, besides its number. The first task writes it, the others compare.
 
     How the job is cut into tasks, decoded and run is not in here, and must not change a byte.
@@ -156,7 +156,7 @@ class Job(pydantic.BaseModel):
         return plans
 
     @classmethod
-    def read(cls, folder: Path) -> Job:
+    def read(cls, folder: Path) -> TokenizeJob:
         """The job of a store. Raises StoreError."""
         path = folder / JOB
         try:
@@ -185,13 +185,13 @@ def open_source(config: TokenizeConfig) -> Source:
     )
 
 
-def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> Job:
+def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> TokenizeJob:
     """What this configuration makes of this source. Raises StoreError when codes do not fit into 16 bits."""
     if vqvae.vocab_size > 1 << 16:
         raise StoreError(f"tokenizer {config.tokenizer}: {vqvae.vocab_size} words, a store's codes have 16 bits.")
     train, val = config.train_plan(vqvae.image_size), config.val_plan(vqvae.image_size)
     plans = {"train": train, "val": val}
-    return Job(
+    return TokenizeJob(
         tokenizer=TokenizerInfo(sha256=sha256_of(config.tokenizer), geometry=vqvae.geometry),
         quantizer=FileInfo(name=QUANTIZER, bytes=len(quantizer), sha256=hashlib.sha256(quantizer).hexdigest()),
         source=SourceInfo(**source.fingerprint._asdict()),
@@ -220,13 +220,13 @@ def quantizer_bytes(vqvae: VQVAE) -> bytes:
         return path.read_bytes()
 
 
-def pin(folder: Path, job: Job, quantizer: bytes) -> None:
+def pin(folder: Path, job: TokenizeJob, quantizer: bytes) -> None:
     """Make `job` the store's job, or check that it already is. Raises StoreError that names what differs."""
     make_folder(folder)
     path = folder / JOB
     if not path.exists():
         write_file(path, job.to_json())
-    pinned = Job.read(folder)
+    pinned = TokenizeJob.read(folder)
     if pinned.to_json() != job.to_json():
         differing = differences(pinned.model_dump(mode="json"), job.model_dump(mode="json"))
         raise StoreError(

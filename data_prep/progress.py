@@ -11,7 +11,7 @@ PROGRESS_EVERY_S = 5.0
 
 
 @dataclass
-class Progress:
+class TokenizeProgress:
     """A line every few seconds: shards, images, images per second, share of time the encoder was busy, time left.
 
     `total`: images that this task will make, None where it depends on the other tasks. The clock starts when images are

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.checkpoint.record import RECORD, Identity, Record, differences
+from mvar.checkpoint.record import RECORD, CheckpointRecord, Identity, differences
 from mvar.cli import run_command
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
@@ -76,7 +76,7 @@ class Inspection:
 def inspect(path: Path, *, digests: bool = True, config: TrainConfig | None = None) -> Inspection:
     """Read a checkpoint, or the newest of a run folder. Raises CheckpointError where its record cannot be read."""
     folder = _checkpoint_in(path)
-    record = Record.read(folder)
+    record = CheckpointRecord.read(folder)
     model, progress = ModelConfig.model_validate(record.model), record.progress
     found, skipped = (None, []) if config is None else _compare(record, model, config)
     return Inspection(
@@ -113,7 +113,7 @@ def _checkpoint_in(path: Path) -> Path:
     raise CheckpointError(f"{path}: no checkpoint in it. Give a run folder, or a checkpoint's (it holds {RECORD}).")
 
 
-def _state(folder: Path, name: str, record: Record, digests: bool) -> FileState:
+def _state(folder: Path, name: str, record: CheckpointRecord, digests: bool) -> FileState:
     path, expected = folder / name, record.files[name]
     problem = None
     try:
@@ -127,7 +127,7 @@ def _state(folder: Path, name: str, record: Record, digests: bool) -> FileState:
     return FileState(name, expected.bytes, problem)
 
 
-def _compare(record: Record, saved: ModelConfig, config: TrainConfig) -> tuple[list[str], list[str]]:
+def _compare(record: CheckpointRecord, saved: ModelConfig, config: TrainConfig) -> tuple[list[str], list[str]]:
     """Differences, and what could not be compared: the code store where it cannot be looked at from here."""
     classes, store, skipped = config.model.num_classes, record.store, []
     manifest = Path(config.data.store) / "manifest.json"

@@ -55,7 +55,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Saved:
+class NewestCheckpoint:
     """The newest checkpoint."""
 
     step: int
@@ -104,7 +104,7 @@ class Status:
     """Whose process trains, if one does."""
     measured: Measured | None
     eta_s: float | None
-    saved: Saved | None
+    saved: NewestCheckpoint | None
     jobs: list[QueueJob]
     queue_problem: str | None
     """Why the queue is not known."""
@@ -262,13 +262,13 @@ def useful_rank_seconds(path: Path) -> float:
     return total
 
 
-def newest_checkpoint(checkpoints: Path, now: float) -> Saved | None:
+def newest_checkpoint(checkpoints: Path, now: float) -> NewestCheckpoint | None:
     steps = steps_in(checkpoints)
     if not steps:
         return None
     written = (folder_of(checkpoints, steps[-1]) / "checkpoint.json").stat().st_mtime
     damaged = sum(".damaged" in entry.name for entry in checkpoints.iterdir())
-    return Saved(steps[-1], max(0.0, now - written), damaged)
+    return NewestCheckpoint(steps[-1], max(0.0, now - written), damaged)
 
 
 def queue_of(run: Path, known: set[str]) -> tuple[list[QueueJob], str | None]:

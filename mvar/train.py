@@ -41,7 +41,7 @@ from mvar.sampling.sampler import generate
 from mvar.settings import describe, load
 from mvar.tokenizer.files import load_tokenizer
 from mvar.training.engine import Averages, Engine, StepResult
-from mvar.training.job import Job, prepare
+from mvar.training.job import TrainingJob, prepare
 from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
 from mvar.training.stability import DivergedError, Stability
@@ -102,7 +102,7 @@ class Started:
 
 
 @contextmanager
-def training(started: Started, job: Job, done: int) -> Iterator[Training]:
+def training(started: Started, job: TrainingJob, done: int) -> Iterator[Training]:
     """Open what is needed to train from `done` steps on, and close it again."""
     engine, world, config = started.engine, started.world, job.config
     with ExitStack() as stack:
@@ -121,7 +121,7 @@ def training(started: Started, job: Job, done: int) -> Iterator[Training]:
 class Training(Started):
     """What the loop works with. Methods are called by all ranks together."""
 
-    job: Job
+    job: TrainingJob
     tracker: Tracker
     saver: Saver
     feed: Feed[Batch]
@@ -276,7 +276,7 @@ def claim(run: RunFolder, config: TrainConfig, world: World) -> AbstractContextM
     return run.claimed(config.checkpoint.takeover_s) if world.is_main else nullcontext(lambda: True)
 
 
-def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:
+def open_tracker(run: RunFolder, job: TrainingJob, world: World, done: int) -> Tracker:
     return Tracker(
         run.path,
         job.config.tracking,

@@ -47,7 +47,7 @@ from mvar.tokenizer.training.losses import LossTerm, absolute_error, codebook_er
 from mvar.tokenizer.training.parallel import hand_round, part_of, require_equal, require_work_for_all
 from mvar.tokenizer.training.perceptual import Perceptual
 from mvar.tokenizer.training.pictures import Pictures, Pixels, centre_views
-from mvar.tokenizer.training.state import State, StateFile
+from mvar.tokenizer.training.state import StateFile, TokenizerTrainingState
 from mvar.tokenizer.training.trainer import Trainer
 
 GRID_COLUMNS = 8
@@ -221,7 +221,7 @@ class Training:
 
     def draw(self, path: Path) -> None:
         """A PNG with rows of originals, each above the row of what the tokenizer makes of them."""
-        save_png(path, reconstructions(self.held_out.drawn, to_uint8(self.trainer.rebuild(self.held_out.drawn)[0])))
+        save_png(path, reconstructions(self.held_out.drawn, to_uint8(self.trainer.reconstruct(self.held_out.drawn)[0])))
 
     def save(self) -> None:
         """Write the state. Raises WriteError, TrainingError (RemoteError on other ranks)."""
@@ -233,7 +233,7 @@ class Training:
 
     def write(self) -> None:
         self.tracker.sync()  # A state must not be newer than its records.
-        self.states.write(State(self.trainer.step_number, self.trainer.tensors(), self.identity))
+        self.states.write(TokenizerTrainingState(self.trainer.step_number, self.trainer.tensors(), self.identity))
 
     def stop(self) -> int:
         reason = self.stops.reason or "another rank was asked to"
@@ -256,13 +256,13 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def reconstructions(originals_NHWC: Pixels, rebuilt_NHWC: Pixels) -> Pixels:
-    """One picture with rows of originals, each above the row of the rebuilt ones."""
+def reconstructions(originals_NHWC: Pixels, reconstructed_NHWC: Pixels) -> Pixels:
+    """One picture with rows of originals, each above the row of the reconstructed ones."""
     columns = min(GRID_COLUMNS, len(originals_NHWC))
     rows = [
         picture
         for start in range(0, len(originals_NHWC), columns)
-        for pictures in (originals_NHWC, rebuilt_NHWC)
+        for pictures in (originals_NHWC, reconstructed_NHWC)
         for picture in pictures[start : start + columns]
     ]
     sheet = grid(rows, columns)
@@ -273,7 +273,7 @@ def _open(config: TokenizerTrainConfig) -> Source:
     return open_images(config.images, val_fraction=config.val_fraction, cache=config.images_cache)
 
 
-def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, Any]) -> State | None:
+def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, Any]) -> TokenizerTrainingState | None:
     """The state to go on from, None where a training may begin. Raises CheckpointError."""
     states.remove_leftovers()
     if states.exists():

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mvar.checkpoint.record import Record
+from mvar.checkpoint.record import CheckpointRecord
 from mvar.errors import CheckpointError
 from mvar.files.disk import discard_folder, sha256_of
 from mvar.run.names import folder_of, steps_in
@@ -19,7 +19,7 @@ def verify(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1
 
     Raises CheckpointError that names the file.
     """
-    record = Record.read(folder)
+    record = CheckpointRecord.read(folder)
     for name in sorted(record.files)[share[0] :: share[1]]:
         path, expected = folder / name, record.files[name]
         try:
@@ -100,7 +100,7 @@ def _best_of(checkpoints: Path, steps: list[int]) -> set[int]:
     losses: dict[int, float] = {}
     for step in steps:
         with contextlib.suppress(CheckpointError):
-            loss = Record.read(folder_of(checkpoints, step)).progress.validation_loss
+            loss = CheckpointRecord.read(folder_of(checkpoints, step)).progress.validation_loss
             if loss is not None:
                 losses[step] = loss
     return {min(losses, key=lambda step: (losses[step], step))} if losses else set()

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mvar.checkpoint.partition import WEIGHT, Partition, Piece
-from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, Identity, Progress, Record, key_of
+from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, CheckpointRecord, Identity, Progress, key_of
 from mvar.checkpoint.tensors import FileRecord, write_tensors
 from mvar.errors import CheckpointError
 from mvar.files.disk import cannot_write, publish_folder, synced
@@ -87,7 +87,7 @@ class Draft:
     def _publish(self, parts: list[Part]) -> None:
         files = {part.file: part.record for part in parts}
         files[CONFIG] = _write_synced(self._temporary / CONFIG, dump(self._identity.config))
-        record = Record(
+        record = CheckpointRecord(
             format_version=FORMAT_VERSION,
             progress=self._progress,
             config=self._identity.config.model_dump(mode="json"),

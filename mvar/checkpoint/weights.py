@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mvar.checkpoint.choosing import problem_of, verify
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.partition import WEIGHT
 from mvar.checkpoint.record import RECORD
 from mvar.config import ModelConfig
@@ -104,7 +104,7 @@ def _checkpoint_in(path: Path, step: int | None, digests: bool) -> Path:
 
 
 def _of_checkpoint(folder: Path, kind: str) -> Weights:
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     record = reader.record
     if kind not in record.kinds:
         raise CheckpointError(f"{folder}: holds {', '.join(record.kinds)}, but not {kind!r}.")

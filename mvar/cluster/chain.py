@@ -37,8 +37,8 @@ from mvar.cluster.decisions import (
     USER_ERROR,
     Attempt,
     Blame,
-    Job,
     Limits,
+    SlurmJob,
     blame,
     decide,
     expand,
@@ -76,7 +76,7 @@ class Logs:
         self.record = self.folder / "chain.jsonl"
         self.excluded = self.folder / "excluded-nodes"
 
-    def open(self, job: Job) -> None:
+    def open(self, job: SlurmJob) -> None:
         (self.folder / job.name).mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(WriteError):  # It is a convenience.
             place(self.folder / "latest", lambda link: link.symlink_to(job.name))
@@ -85,7 +85,7 @@ class Logs:
         path = self.folder / job / f"srun-{restarts}.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
-    def begin(self, job: Job, step: int) -> None:
+    def begin(self, job: SlurmJob, step: int) -> None:
         self._write("begin", job.name, job.restarts, chain=job.chain, nodes=job.nodes, step=step)
 
     def end(self, job: str, restarts: int, saved: int, code: int | None, action: str, blamed: Blame, why: str) -> None:
@@ -138,7 +138,7 @@ class Slurm:
             return None
         return done.stdout
 
-    def is_preempted(self, job: Job) -> bool:
+    def is_preempted(self, job: SlurmJob) -> bool:
         shown = self.call("scontrol", "-o", "show", "job", job.name) or ""
         return re.search(r"\bPreemptTime=\d", shown) is not None
 
@@ -155,11 +155,11 @@ class Slurm:
                 found[fields["NodeName"]] = f"{fields['NodeName']}: came up again at {up}"
         return Blame(tuple(found), tuple(found.values()))
 
-    def cancel_waiting(self, job: Job) -> None:
+    def cancel_waiting(self, job: SlurmJob) -> None:
         if job.is_array:
             self.call("scancel", "--state=PENDING", job.chain)
 
-    def requeue(self, job: Job, avoided: Sequence[str]) -> bool:
+    def requeue(self, job: SlurmJob, avoided: Sequence[str]) -> bool:
         """Start the job again, and neither it nor the rest of its chain on the nodes to avoid. It is killed soon."""
         if self.call("scontrol", "requeue", job.name) is None:
             return False
@@ -168,7 +168,7 @@ class Slurm:
             self.avoid_later(job, avoided)
         return True
 
-    def avoid_later(self, job: Job, avoided: Sequence[str]) -> None:
+    def avoid_later(self, job: SlurmJob, avoided: Sequence[str]) -> None:
         """The waiting tasks of the chain, too. Slurm answers with an error for each that does not wait."""
         if job.is_array and avoided:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -209,7 +209,7 @@ def close_lost(logs: Logs, slurm: Slurm, run: Path, limits: Limits) -> list[Atte
     return attempts
 
 
-def begin(job: Job, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str]) -> int:
+def begin(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str]) -> int:
     """Before training: decide whether this job trains, and prepare its logs and the run's snapshot."""
     logs = Logs(run)
     attempts = close_lost(logs, slurm, run, limits)
@@ -246,7 +246,7 @@ def begin(job: Job, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str
     return BEGIN["train"]
 
 
-def own_words(run: Path, job: Job, code: int) -> tuple[int, str]:
+def own_words(run: Path, job: SlurmJob, code: int) -> tuple[int, str]:
     """Exit code and reason of a start. What the training wrote at its end counts for more than what srun says: once the
     first rank ends with 75, srun kills those that are still on their way out, and reports that."""
     starts = History(run).starts()
@@ -256,7 +256,7 @@ def own_words(run: Path, job: Job, code: int) -> tuple[int, str]:
     return said.code if said.code in (FINISHED, STOPPED) else code, said.reason
 
 
-def end(job: Job, slurm: Slurm, limits: Limits, run: Path, code: int) -> int:
+def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> int:
     """After training: write down what happened, decide, act. Returns the job's exit code."""
     logs = Logs(run)
     code, reason = own_words(run, job, code)
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     what, rest = words[:1], words[1:]
     slurm, limits = Slurm(), Limits.of(os.environ)
-    job = Job.of(os.environ, expand(os.environ.get("SLURM_JOB_NODELIST", "")))
+    job = SlurmJob.of(os.environ, expand(os.environ.get("SLURM_JOB_NODELIST", "")))
     if what == ["begin"]:
         try:
             run, given = parse_begin(rest)

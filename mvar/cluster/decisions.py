@@ -34,7 +34,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """The Slurm job that this process is part of."""
 
     name: str
@@ -47,7 +47,7 @@ class Job:
     is_last: bool
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], nodes: Sequence[str]) -> Job:
+    def of(cls, environ: Mapping[str, str], nodes: Sequence[str]) -> SlurmJob:
         """Raises ConfigError outside of a job."""
         if "SLURM_JOB_ID" not in environ:
             raise ConfigError("no SLURM_JOB_ID in the environment: this command is for jobs, see slurm/train.sbatch.")
@@ -111,7 +111,7 @@ class Decision:
 
 
 def decide(
-    code: int | None, job: Job, attempts: Sequence[Attempt], limits: Limits, *, preempted: bool, reason: str
+    code: int | None, job: SlurmJob, attempts: Sequence[Attempt], limits: Limits, *, preempted: bool, reason: str
 ) -> Decision:
     """What follows on a start of `job` that ended with `code` (None: killed). `attempts`: those of this chain, the
     one that ended included. `reason`: why `mvar train` stopped, in its words."""

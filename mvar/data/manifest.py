@@ -21,11 +21,11 @@ QUANTIZER = "quantizer.safetensors"
 JOB = "job.json"
 
 
-class _Record(pydantic.BaseModel):
+class _Frozen(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, protected_namespaces=())
 
 
-class FileInfo(_Record):
+class FileInfo(_Frozen):
     """A file of the store, as it has to be. Its name is a plain one: copies are written, and commands run, with it."""
 
     name: Annotated[str, pydantic.Field(pattern=r"^\w[\w.-]*$")]
@@ -37,28 +37,28 @@ class ShardInfo(FileInfo):
     samples: int
 
 
-class Quarantined(_Record):
+class Quarantined(_Frozen):
     """An image that is left out of its shard, because it is damaged."""
 
     key: str
     reason: str
 
 
-class SplitInfo(_Record):
+class SplitInfo(_Frozen):
     samples: int
     views: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     quarantine: tuple[Quarantined, ...] = ()
 
 
-class TokenizerInfo(_Record):
+class TokenizerInfo(_Frozen):
     """The tokenizer that made the codes: digest of its file, and what `VQVAE(**geometry)` needs."""
 
     sha256: str
     geometry: dict[str, Any]
 
 
-class SourceInfo(_Record):
+class SourceInfo(_Frozen):
     """What was tokenized: kind of source, and the fingerprint of its listing."""
 
     kind: str
@@ -67,7 +67,7 @@ class SourceInfo(_Record):
     sha256: str
 
 
-class Manifest(_Record):
+class Manifest(_Frozen):
     """Everything a reader has to know. Unknown keys are ignored, so that a later minor addition does no harm."""
 
     format: Literal["mvar-code-store"] = "mvar-code-store"

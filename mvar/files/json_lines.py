@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+JsonRecord = dict[str, Any]
+"""One line."""
+
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line; one that a kill tore before it is closed first, so that both stay apart. Raises OSError."""
@@ -18,7 +21,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[JsonRecord]:
     """All whole records, oldest first; none without the file."""
     if not path.is_file():
         return []

@@ -34,14 +34,13 @@ import torch
 
 from mvar.config import TrackingConfig
 from mvar.files.disk import cannot_write, write_text
-
-Record = dict[str, Any]
+from mvar.files.json_lines import JsonRecord
 
 
 class Sink(Protocol):
     """One place for measurements. `record` is complete and finite (None where a value was not)."""
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: JsonRecord) -> None: ...
 
     def close(self) -> None: ...
 
@@ -66,7 +65,7 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
         self._waiting: list[bytes] = []
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         self._waiting.append(json.dumps(record).encode() + b"\n")
         try:
             self._flush()
@@ -120,9 +119,9 @@ class Console:
 
     def __init__(self, every: int, last_step: int) -> None:
         self._every, self._last_step = every, last_step
-        self._since: list[Record] = []
+        self._since: list[JsonRecord] = []
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         if record["kind"] == "train":
             self._since.append(record)
             if record["step"] % self._every == 0 or record["step"] == self._last_step or record["skipped"]:
@@ -134,7 +133,7 @@ class Console:
         elif record["kind"] == "sample":
             print(f"{self._place(record)}  samples: {record['file']}", flush=True)
 
-    def _place(self, record: Record) -> str:
+    def _place(self, record: JsonRecord) -> str:
         width = len(str(self._last_step))
         return f"step {record['step']:>{width}}/{self._last_step}"
 
@@ -160,7 +159,7 @@ class Console:
         pass
 
 
-def _mfu(record: Record) -> str:
+def _mfu(record: JsonRecord) -> str:
     return f"  mfu {100 * record['mfu']:4.1f}%" if record.get("mfu") else ""
 
 
@@ -187,7 +186,7 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)
         self._folder, self._every = folder.parent, every
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         if _wanted(record, self._every):
             for name, value in flat(record).items():
                 self._writer.add_scalar(name, value, record["step"])
@@ -221,7 +220,7 @@ class WeightsAndBiases:
             settings=wandb.Settings(silent=True, console="off"),
         )
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         if _wanted(record, self._every):
             self._run.log(flat(record), step=record["step"])
         if record["kind"] == "sample":
@@ -239,11 +238,11 @@ def _picture(path: Path) -> Any:
         return np.asarray(picture.convert("RGB"))
 
 
-def _wanted(record: Record, every: int) -> bool:
+def _wanted(record: JsonRecord, every: int) -> bool:
     return bool(record["kind"] == "val" or (record["kind"] == "train" and record["step"] % every == 0))
 
 
-def flat(record: Record) -> dict[str, float]:
+def flat(record: JsonRecord) -> dict[str, float]:
     """Numbers of a record as `kind/name` and `kind/name/scale`, for tools that know nothing of lists."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
@@ -264,7 +263,7 @@ class Guarded:
         self._sink: Sink | None = None
         self._try(lambda: setattr(self, "_sink", make()))
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         if (sink := self._sink) is not None:
             self._try(lambda: sink.write(record))
 

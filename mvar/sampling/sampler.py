@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mvar.errors import ConfigError, MvarError
 from mvar.model.transformer import MVAR, DecodeState
+from mvar.sampling.logits import draw_codes, filter_logits, mix_code_vectors
 from mvar.sampling.uniforms import signed, token_uniforms
-from mvar.sampling.words import draw_codes, filter_logits, mix_words
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -115,8 +115,8 @@ def generate_scales(
         else:
             codes_BLk = draw_codes(kept_BLV, token_uniforms(seeds_B, scale, kept_BLV.shape[1]))
         if smooth:
-            words_BLkC = mix_words(kept_BLV, quantizer.embedding.weight, seeds_B, scale, progress)
-            f_hat_BChw, inputs_BLkC = quantizer.add_words(f_hat_BChw, words_BLkC, scale)
+            vectors_BLkC = mix_code_vectors(kept_BLV, quantizer.embedding.weight, seeds_B, scale, progress)
+            f_hat_BChw, inputs_BLkC = quantizer.add_code_vectors(f_hat_BChw, vectors_BLkC, scale)
         else:
             f_hat_BChw, inputs_BLkC = quantizer.add_scale(f_hat_BChw, codes_BLk, scale)
         yield ScaleSample(scale, codes_BLk, f_hat_BChw)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOKENS, WORDS = 1, 2
+TOKENS, VOCABULARY = 1, 2
 """Streams of numbers."""
 
 
@@ -18,10 +18,10 @@ def token_uniforms(seeds_B: Tensor, scale: int, tokens: int) -> Tensor:
     return (_shift_right(hash_BL, 32).double() + 0.5) / 2**32
 
 
-def word_uniforms(seeds_B: Tensor, scale: int, tokens: int, words: int) -> Tensor:
+def vocabulary_uniforms(seeds_B: Tensor, scale: int, tokens: int, words: int) -> Tensor:
     """One number in (0, 1) for each token of a scale and each word: float32 (B, tokens, words)."""
-    words_V = torch.arange(words, device=seeds_B.device)
-    hash_BLV = _mixed(_token_hash(seeds_B, WORDS, scale, tokens).unsqueeze(-1) ^ words_V)
+    entries_V = torch.arange(words, device=seeds_B.device)
+    hash_BLV = _mixed(_token_hash(seeds_B, VOCABULARY, scale, tokens).unsqueeze(-1) ^ entries_V)
     return (_shift_right(hash_BLV, 41).float() + 0.5) / 2**23
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mvar import ds_config
-from mvar.checkpoint.record import Progress, Record
+from mvar.checkpoint.record import CheckpointRecord, Progress
 from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit
 from mvar.errors import ConfigError
@@ -91,7 +91,7 @@ def newest(config: TrainConfig) -> Progress | None:
     """Where the run folder's newest checkpoint stands; it is not verified."""
     folder = RunFolder(config.run).checkpoints
     steps = steps_in(folder)
-    return Record.read(folder_of(folder, steps[-1])).progress if steps else None
+    return CheckpointRecord.read(folder_of(folder, steps[-1])).progress if steps else None
 
 
 def memory_lines(sizes: Sizes, setup: Setup, split: BatchSplit) -> Iterator[str]:

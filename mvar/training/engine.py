@@ -173,7 +173,7 @@ class Engine:
             self._publish_decays()
         if applied and self.config.optim.ema_decay:
             self.partition.average(self.config.optim.ema_decay)
-        averages, bad, counts = self._agree(found, batches, votes, self.plan.lesson(step).scales)
+        averages, bad, counts = self._agree(found, batches, votes, self.plan.curriculum_at(step).scales)
         self.skipped_steps += not applied
         scale = float(self._scaler.cur_scale) if self._scaler is not None else None
         return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, counts)
@@ -192,7 +192,7 @@ class Engine:
         drop_path_DGB = None
         if any(self._rates_D):
             drop_path_DGB = torch.from_numpy(randomness.drop_path(seed, step, batch.positions_B, self._rates_D))
-        return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB, self.plan.lesson(step))
+        return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB, self.plan.curriculum_at(step))
 
     def _update(self) -> tuple[float | None, bool]:
         """Clip and step, unless the gradient is not finite: its norm, and whether the update was made.
@@ -284,7 +284,7 @@ class Engine:
             adam_steps=self.partition.adam_steps,
             skipped_steps=self.skipped_steps,
             loss_scaler=scaler,
-            stretches=self.plan.stretches,
+            stretches=self.plan.phases,
             validation_loss=validation_loss,
         )
 

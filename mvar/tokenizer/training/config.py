@@ -18,7 +18,7 @@ FILES = frozenset({"loss.perceptual_backbone", "loss.perceptual_heads"})
 
 
 def patches(side: int, layers: int) -> int:
-    """Patches along a side that a critic of so many halvings judges in pictures of `side` pixels."""
+    """Patches along a side that a discriminator of so many halvings judges in pictures of `side` pixels."""
     return (side >> layers) - 2
 
 
@@ -63,13 +63,18 @@ class LossConfig(Section):
     )
     perceptual_heads: Path | None = Field(None, description="LPIPS's linear heads; default: all channels count alike")
     adversarial: NonNegativeFloat = Field(
-        0.0, description="critic's opinion; multiplies the adaptive weight, which equals the other terms' gradients"
+        0.0,
+        description="generator loss; multiplies the adaptive weight, which equals the other terms' gradients",
     )
-    adversarial_start: NonNegativeInt = Field(0, description="first step of critic and adversarial term")
+    adversarial_start: NonNegativeInt = Field(0, description="first step of discriminator and adversarial term")
     adversarial_largest: PositiveFloat = Field(1e4, description="largest adaptive weight, before the multiplication")
-    adversarial_lr_scale: PositiveFloat = Field(1.0, description="learning rate of the critic / of the tokenizer")
-    adversarial_channels: PositiveInt = Field(64, description="channels of the critic's first layer")
-    adversarial_layers: PositiveInt = Field(3, description="halvings of the side in the critic; 3: patches of 70 px")
+    adversarial_lr_scale: PositiveFloat = Field(
+        1.0, description="learning rate of the discriminator / of the tokenizer"
+    )
+    adversarial_channels: PositiveInt = Field(64, description="channels of the discriminator's first layer")
+    adversarial_layers: PositiveInt = Field(
+        3, description="halvings of the side in the discriminator; 3: patches of 70 px"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> LossConfig:

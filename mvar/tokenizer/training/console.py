@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-Record = dict[str, Any]
+from mvar.files.json_lines import JsonRecord
 
 
 class Console:
@@ -18,12 +17,12 @@ class Console:
         self._first, self._steps = first_step, steps
         self._begin = time.monotonic()
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         show = {"train": self._train, "val": _val, "sample": _sample}.get(record["kind"])
         if show is not None:
             print(show(record), flush=True)
 
-    def _train(self, record: Record) -> str:
+    def _train(self, record: JsonRecord) -> str:
         step = record["step"]
         left_s = (time.monotonic() - self._begin) / max(1, step - self._first) * (self._steps - step)
         text = (
@@ -32,9 +31,9 @@ class Console:
         )
         if "perceptual" in record:
             text += f"  perceptual {_number(record['perceptual'])}"
-        if "critic" in record:
-            text += f"  adversarial {_number(record['adversarial'])} x {record['adversarial_weight']:.3g}"
-            text += f"  critic {_number(record['critic'])}"
+        if "discriminator_loss" in record:
+            text += f"  generator {_number(record['generator_loss'])} x {record['adversarial_weight']:.3g}"
+            text += f"  discriminator {_number(record['discriminator_loss'])}"
         return text + (
             f"  revived {record['revived']:4}  {record['imgs_per_s']:6.1f} imgs/s  wait {record['wait_share']:4.0%}"
             f"  ETA {left_s:.0f} s"
@@ -44,7 +43,7 @@ class Console:
         pass
 
 
-def _val(record: Record) -> str:
+def _val(record: JsonRecord) -> str:
     ssim = "" if record["ssim"] is None else f", ssim {record['ssim']:.3f}"
     return (
         f"step {record['step']}: held-out psnr {record['psnr_db']:.2f} dB{ssim}, l1 {record['l1']:.4f}, words used"
@@ -54,7 +53,7 @@ def _val(record: Record) -> str:
     )
 
 
-def _sample(record: Record) -> str:
+def _sample(record: JsonRecord) -> str:
     return f"step {record['step']}: pictures: {record['file']}"
 
 

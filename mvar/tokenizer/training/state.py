@@ -1,7 +1,7 @@
 """The saved state of a tokenizer's training: one safetensors file, and the one before it.
 
-    state.safetensors          the newest: weights, their averages, moments, the critic's; metadata `mvar` with the
-                               step, what may not change in a training, and a digest over all tensors
+    state.safetensors          the newest: weights, their averages, moments, the discriminator's; metadata `mvar` with
+                               the step, what may not change in a training, and a digest over all tensors
     state-before.safetensors   the one before, in case the newest is damaged
 
 Each is complete or absent, whatever kills the process.
@@ -29,7 +29,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class State:
+class TokenizerTrainingState:
     """Float32 tensors on the CPU by name, steps done, and what may not change when it is taken up."""
 
     step: int
@@ -61,7 +61,7 @@ class StateFile:
     def exists(self) -> bool:
         return self.path.exists() or self.before.exists()
 
-    def write(self, state: State) -> None:
+    def write(self, state: TokenizerTrainingState) -> None:
         """Make `state` the newest one; what was the newest becomes the one before. Raises WriteError."""
         header = {
             "kind": "tokenizer-training",
@@ -74,7 +74,7 @@ class StateFile:
         self._keep_newest()
         write_file(self.path, data)
 
-    def read(self) -> State:
+    def read(self) -> TokenizerTrainingState:
         """The newest state that is whole; one that is damaged is told of on stderr. Raises CheckpointError."""
         try:
             return _read(self.path)
@@ -102,7 +102,7 @@ class StateFile:
         place(self.before, lambda link: os.link(self.path, link))
 
 
-def _read(path: Path) -> State:
+def _read(path: Path) -> TokenizerTrainingState:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("mvar", "{}"))
@@ -111,7 +111,7 @@ def _read(path: Path) -> State:
             raise ValueError("not the state of a tokenizer's training, or of another version of mvar")
         if header["digest"] != digest_of(tensors):
             raise ValueError("its contents do not match their digest")
-        return State(int(header["step"]), tensors, dict(header["identity"]))
+        return TokenizerTrainingState(int(header["step"]), tensors, dict(header["identity"]))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"training state {path}: damaged ({error}). Remove it to start again, or put back a whole copy."

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mvar.checkpoint import saver, tensors
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.record import Progress
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
@@ -49,7 +49,7 @@ def make(folder: Path, tensors: Any, **settings: Any) -> Saver:
 
 
 def weights(folder: Path, step: int) -> torch.Tensor:
-    return Reader(folder_of(folder, step)).read("head.weight", "weight", 0, 15)
+    return CheckpointReader(folder_of(folder, step)).read("head.weight", "weight", 0, 15)
 
 
 def test_what_is_saved_is_the_moment_of_the_call_and_exists_after_settling(tmp_path: Path, gate: Gate) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from mvar.errors import ConfigError, MvarError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
+from mvar.sampling.logits import draw_codes, filter_logits, mix_code_vectors
 from mvar.sampling.sampler import generate, generate_latent, generate_scales
-from mvar.sampling.uniforms import token_uniforms, word_uniforms
-from mvar.sampling.words import draw_codes, filter_logits, mix_words
+from mvar.sampling.uniforms import token_uniforms, vocabulary_uniforms
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
 from tests.golden import golden, golden_json
@@ -95,8 +95,8 @@ def test_smoothing_follows_the_published_temperatures() -> None:
     words, seeds = torch.eye(6), torch.tensor([3])
     logits = torch.randn(1, 4, 6)
     for scale in range(10):
-        mixed = mix_words(logits, words, seeds, scale, scale / 9)
-        noise = -torch.log(-torch.log(word_uniforms(seeds, scale, 4, 6)))
+        mixed = mix_code_vectors(logits, words, seeds, scale, scale / 9)
+        noise = -torch.log(-torch.log(vocabulary_uniforms(seeds, scale, 4, 6)))
         sharpened = logits * table["more_smooth_logit_multiplier_S10"][scale] + noise
         torch.testing.assert_close(mixed, (sharpened / table["gumbel_tau_S10"][scale]).softmax(-1))
 
@@ -104,7 +104,7 @@ def test_smoothing_follows_the_published_temperatures() -> None:
 def test_smoothing_never_uses_a_word_that_was_filtered_out() -> None:
     logits = torch.full((1, 3, 8), -torch.inf)
     logits[..., 2:4] = 0.0
-    mixed = mix_words(logits, torch.eye(8), torch.tensor([0]), 1, 0.5)
+    mixed = mix_code_vectors(logits, torch.eye(8), torch.tensor([0]), 1, 0.5)
     assert not mixed[..., :2].any() and not mixed[..., 4:].any()
     torch.testing.assert_close(mixed.sum(-1), torch.ones(1, 3))
 

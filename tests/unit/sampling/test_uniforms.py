@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mvar.sampling.uniforms import token_uniforms, word_uniforms
+from mvar.sampling.uniforms import token_uniforms, vocabulary_uniforms
 
 
 def test_uniform_numbers_are_spread_independent_and_stable() -> None:
@@ -14,7 +14,7 @@ def test_uniform_numbers_are_spread_independent_and_stable() -> None:
     assert (numbers.std(1) - 12**-0.5).abs().max() < 0.01
     assert torch.corrcoef(numbers).fill_diagonal_(0).abs().max() < 0.05
     assert not torch.equal(numbers, token_uniforms(seeds, 4, 5000))
-    words = word_uniforms(seeds, 3, 10, 500)
+    words = vocabulary_uniforms(seeds, 3, 10, 500)
     assert bool(((words > 0) & (words < 1)).all())
     assert (words.mean((1, 2)) - 0.5).abs().max() < 0.02
 
@@ -33,6 +33,6 @@ def test_uniform_numbers_equal_their_definition_in_whole_numbers() -> None:
         found = token_uniforms(torch.tensor([seed]), 9, 3)[0].tolist()
         assert found == [((number >> 32) + 0.5) / 2**32 for number in by_token]
         by_word = [mixed(mixed(mixed(mixed(mixed(seed % 2**64) ^ 2) ^ 9) ^ 0) ^ word) for word in range(3)]
-        found = word_uniforms(torch.tensor([seed]), 9, 1, 3)[0, 0].tolist()
+        found = vocabulary_uniforms(torch.tensor([seed]), 9, 1, 3)[0, 0].tolist()
         assert found == [((number >> 41) + 0.5) / 2**23 for number in by_word]
     assert token_uniforms(torch.tensor([42]), 9, 1).item() == pytest.approx(0.024954182445071638, abs=1e-15)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from mvar.errors import CheckpointError, WriteError
-from mvar.tokenizer.training.state import State, StateFile
+from mvar.tokenizer.training.state import StateFile, TokenizerTrainingState
 
 
-def some_state(step: int) -> State:
-    return State(step, {"model.a": torch.full((2, 3), float(step))}, {"lr": 0.1, "geometry.phis": 4})
+def some_state(step: int) -> TokenizerTrainingState:
+    return TokenizerTrainingState(step, {"model.a": torch.full((2, 3), float(step))}, {"lr": 0.1, "geometry.phis": 4})
 
 
-def same(a: State, b: State) -> bool:
+def same(a: TokenizerTrainingState, b: TokenizerTrainingState) -> bool:
     tensors = all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
     return tensors and a.tensors.keys() == b.tensors.keys() and (a.step, a.identity) == (b.step, b.identity)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvar.sampling.uniforms import word_uniforms
+from mvar.sampling.uniforms import vocabulary_uniforms
 
 
 def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -64,10 +64,10 @@ def draw_codes(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
     return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1)
 
 
-def mix_words(logits_BLV: Tensor, words_VC: Tensor, seeds_B: Tensor, scale: int, progress: float) -> Tensor:
+def mix_code_vectors(logits_BLV: Tensor, vectors_VC: Tensor, seeds_B: Tensor, scale: int, progress: float) -> Tensor:
     """A Gumbel-softmax mixture of words for each token, sharper from scale to scale: (B, L, C) float32."""
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    uniforms_BLV = word_uniforms(seeds_B, scale, logits_BLV.shape[1], logits_BLV.shape[2])
+    uniforms_BLV = vocabulary_uniforms(seeds_B, scale, logits_BLV.shape[1], logits_BLV.shape[2])
     noise_BLV = -torch.log(-torch.log(uniforms_BLV))
     weights_BLV = ((logits_BLV * (1 + progress) + noise_BLV) / temperature).softmax(dim=-1)
-    return weights_BLV.float() @ words_VC.float()
+    return weights_BLV.float() @ vectors_VC.float()
