@@ -90,7 +90,7 @@ def agreement_by_scale(
 
 def require_accepted(config: TokenizeConfig, calibration: Calibration) -> None:
     """Raises ConfigError unless the configuration accepts what the fast mode costs."""
-    mode = config.precision + " compiled" * config.compile
+    mode = f"{config.precision} compiled" if config.compile else config.precision
     if config.accept_agreement is None:
         raise ConfigError(
             f"{mode}: a fast mode has to be accepted.\n{calibration.table()}\n"

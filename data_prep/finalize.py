@@ -73,7 +73,7 @@ def summary(manifest: Manifest, labels_N: I64 | None = None) -> str:
     lines = []
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
-        views = f"{len(split.views)} view{'s' * (len(split.views) != 1)}"
+        views = "1 view" if len(split.views) == 1 else f"{len(split.views)} views"
         lines.append(
             f"{name:5}  {split.samples:>11,} images x {views:9} {len(split.shards):>6} shards  {size:>17,} bytes"
         )
@@ -210,7 +210,7 @@ def _explain_unfinished(folder: Path, plans: list[ShardPlan], unfinished: list[S
     if tasks is None:
         last = LastRun.read(folder)
         tasks = len(plans) if last is None else last.tasks
-    names = ", ".join(plan.name for plan in unfinished[:10]) + ", ..." * (len(unfinished) > 10)
+    names = ", ".join([*(plan.name for plan in unfinished[:10]), *(["..."] if len(unfinished) > 10 else [])])
     numbers = array_list({plan.number % tasks for plan in unfinished})
     return (
         f"code store {folder}: {len(unfinished)} of {len(plans)} shards are missing or damaged: {names}. "

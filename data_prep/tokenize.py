@@ -25,10 +25,11 @@ from data_prep.calibrate import Calibration, calibrate, calibration_views, requi
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
 from data_prep.encoder import BatchEncoder, Launched
 from data_prep.job import LastRun, ShardPlan, TokenizeConfig, TokenizeJob, open_source, pin, plan_job, quantizer_bytes
-from data_prep.progress import TokenizeProgress, clock
+from data_prep.progress import TokenizeProgress
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
 from mvar.cli import run_command
 from mvar.data.manifest import Quarantined
+from mvar.durations import duration
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import remove_stale
 from mvar.images.pixels import DamagedImageError
@@ -81,7 +82,7 @@ def tokenize(
     progress = maker.progress
     progress.say(
         f"done: {progress.shards} shards written, {verified} verified, {progress.images:,} images in "
-        f"{clock(progress.seconds)}, encoder busy {progress.busy_share:.0%}. "
+        f"{duration(progress.seconds)}, encoder busy {progress.busy_share:.0%}. "
         f"When all tasks have ended: mvar finalize {config.store}"
     )
     return Outcome(progress.shards, verified, progress.images, progress.seconds, progress.busy_share)

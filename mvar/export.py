@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shard_bytes = round(args.shard_gb * GB)
         files = write_safetensors(args.out, weights, dtype=DTYPES[args.dtype], shard_bytes=shard_bytes)
     size = sum(file.stat().st_size for file in files) / 2**20
-    print(f"wrote {args.out} ({len(files)} file{'s' * (len(files) > 1)}, {size:.1f} MiB)")
+    print(f"wrote {args.out} ({'1 file' if len(files) == 1 else f'{len(files)} files'}, {size:.1f} MiB)")
     return 0
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from mvar.cli import run_command
+from mvar.durations import duration
 from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
 from mvar.files.disk import remove_stale, write_text
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
@@ -169,7 +170,7 @@ def draw_all(painter: Painter, pictures: Sequence[Picture]) -> Iterator[tuple[Pi
         if now_s - said_s > PROGRESS_EVERY_S or done == len(pictures):
             rate = done / (now_s - began_s)
             left_s = (len(pictures) - done) / rate
-            print(f"sample: {done}/{len(pictures)} images   {rate:.3g} images/s   {left_s:.0f} s left", flush=True)
+            print(f"sample: {done}/{len(pictures)} images   {rate:.3g} images/s   {duration(left_s)} left", flush=True)
             said_s = now_s
 
 

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from mvar.cli import run_command
+from mvar.durations import duration
 from mvar.errors import MvarError
 from mvar.run.claims import claim_path, living_holder
 from mvar.run.history import History, Start
-from mvar.run.names import CLAIM, folder_of, steps_in
+from mvar.run.names import CLAIM, folder_of, newest_step
 
 RECENT = 50
 """Steps over which loss and speed are averaged."""
@@ -263,12 +264,12 @@ def useful_rank_seconds(path: Path) -> float:
 
 
 def newest_checkpoint(checkpoints: Path, now: float) -> NewestCheckpoint | None:
-    steps = steps_in(checkpoints)
-    if not steps:
+    step = newest_step(checkpoints)
+    if step is None:
         return None
-    written = (folder_of(checkpoints, steps[-1]) / "checkpoint.json").stat().st_mtime
+    written = (folder_of(checkpoints, step) / "checkpoint.json").stat().st_mtime
     damaged = sum(".damaged" in entry.name for entry in checkpoints.iterdir())
-    return NewestCheckpoint(steps[-1], max(0.0, now - written), damaged)
+    return NewestCheckpoint(step, max(0.0, now - written), damaged)
 
 
 def queue_of(run: Path, known: set[str]) -> tuple[list[QueueJob], str | None]:
@@ -343,13 +344,6 @@ def _start_line(period: Period) -> str:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days} d " if days else "") + f"{hour}:{minute:02}:{second:02}"
 
 
 def to_json(status: Status) -> Mapping[str, Any]:

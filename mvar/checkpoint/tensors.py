@@ -7,10 +7,13 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from mvar.files.disk import problem_of_file
 
 _BLOCK_BYTES = 1 << 24
 
@@ -21,6 +24,10 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    def problem_of(self, path: Path, *, digest: bool = True) -> str | None:
+        """Why the file at `path` is not this one, in words; None if it is, as far as it was looked at."""
+        return problem_of_file(path, self.bytes, self.sha256 if digest else None)
 
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -48,16 +48,16 @@ from mvar.errors import ConfigError, MvarError, WriteError
 from mvar.files import json_lines
 from mvar.files.disk import place
 from mvar.run.history import History
-from mvar.run.names import steps_in
+from mvar.run.names import newest_step
 
 BEGIN = {"train": 0, "user error": 2, "leave": 90}
 """Exit codes of `begin`. leave: there is nothing to do for this job."""
 ANSWER_WITHIN_S = 30
 
 
-def newest_step(run: Path) -> int:
-    """Steps of the newest checkpoint, 0 without one. By name: verifying it is the training's."""
-    return max(steps_in(run / "checkpoints"), default=0)
+def newest_saved(run: Path) -> int:
+    """Steps of the newest checkpoint, 0 without one. Verifying it is the training's."""
+    return newest_step(run / "checkpoints") or 0
 
 
 class Logs:
@@ -200,7 +200,7 @@ def close_lost(logs: Logs, slurm: Slurm, run: Path, limits: Limits) -> list[Atte
         said = blame(logs.srun(last.job, last.restarts), last.nodes, None)
         seen = slurm.restarted_since(last.nodes, last.time)
         blamed = Blame(tuple(sorted({*said.nodes, *seen.nodes})), said.evidence + seen.evidence)
-        logs.end(last.job, last.restarts, newest_step(run), None, "lost", blamed, "killed")
+        logs.end(last.job, last.restarts, newest_saved(run), None, "lost", blamed, "killed")
         say(
             f"the start before ({last.job}, restart {last.restarts}) was killed. {' | '.join(blamed.evidence)}".rstrip()
         )
@@ -222,7 +222,7 @@ def begin(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, words: Sequenc
         decision = decide(None, job, own, limits, preempted=False, reason="")
         if decision.action == "stop":
             say(decision.message)
-            step = newest_step(run)
+            step = newest_saved(run)
             logs.begin(job, step)
             logs.end(job.name, job.restarts, step, None, "stop", Blame(), "no progress")
             slurm.cancel_waiting(job)
@@ -240,7 +240,7 @@ def begin(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, words: Sequenc
         slurm.cancel_waiting(job)
         return code
     logs.open(job)
-    step = newest_step(run)
+    step = newest_saved(run)
     logs.begin(job, step)
     say(f"job {job.name}, restart {job.restarts}, on {', '.join(job.nodes)}; newest checkpoint: step {step}.")
     return BEGIN["train"]
@@ -261,7 +261,7 @@ def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> in
     logs = Logs(run)
     code, reason = own_words(run, job, code)
     evidence = blame(logs.srun(job.name, job.restarts), job.nodes, code)
-    step = newest_step(run)
+    step = newest_saved(run)
     outcome = {"saved": step, "code": code, "blamed": evidence.nodes}
     attempts = [Attempt(**(vars(a) | outcome)) if job.is_start(a) else a for a in logs.attempts()]
     own = [attempt for attempt in attempts if attempt.chain == job.chain]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from mvar.errors import StoreError
-from mvar.files.disk import sha256_of
+from mvar.files.disk import problem_of_file
 from mvar.scales import ScalePyramid
 
 FORMAT = "mvar-code-store"
@@ -130,16 +129,12 @@ class Manifest(_Frozen):
 
 def check_file(folder: Path, info: FileInfo, *, digest: bool = True) -> None:
     """Raises StoreError unless the file exists, has its size and (with `digest`) its sha256."""
-    path = folder / info.name
-    mend = f"Run the tokenize command again (it re-makes what is damaged), then mvar finalize {folder}."
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise StoreError(f"{path}: missing from the store ({error.strerror}). {mend}") from None
-    if size != info.bytes:
-        raise StoreError(f"{path}: damaged, {size:,} bytes instead of {info.bytes:,}. {mend}")
-    if digest and sha256_of(path) != info.sha256:
-        raise StoreError(f"{path}: damaged, its sha256 is not the one in the manifest ({info.sha256[:12]}...). {mend}")
+    problem = problem_of_file(folder / info.name, info.bytes, info.sha256 if digest else None)
+    if problem is not None:
+        raise StoreError(
+            f"{folder / info.name}: {problem}. Run the tokenize command again (it re-makes what is damaged), then mvar"
+            f" finalize {folder}."
+        )
 
 
 def _explain_missing(folder: Path, error: OSError) -> str:

@@ -188,6 +188,20 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def problem_of_file(path: Path, size: int, sha256: str | None) -> str | None:
+    """Why a file is not the one of `size` bytes and this digest (None: not compared), in words; None if it is."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"damaged, {found:,} bytes instead of {size:,}"
+        if sha256 is not None and sha256_of(path) != sha256:
+            return f"damaged, its sha256 is not the one that it was written with ({sha256[:12]}...)"
+    except OSError as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        return f"{what} ({error.strerror})"
+    return None
+
+
 def tree_digest(tree: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON tree, whatever the order of its keys and its layout."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

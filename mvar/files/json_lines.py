@@ -18,7 +18,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         torn = size > 0 and file.read(1) != b"\n"
-        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
 
 
 def read(path: Path) -> list[JsonRecord]:

@@ -31,9 +31,12 @@ from mvar.errors import BackendError, ConfigError
 from mvar.model.init import Initializer
 from mvar.model.mamba2 import DECAYS, Mamba2
 from mvar.model.transformer import MVAR, drop_path_rates
+from mvar.run.loop import Votes
 from mvar.run.world import World
 from mvar.schedule import Plan, decays
 from mvar.training.objective import Losses, Objective
+
+NO_VOTES = Votes()
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class StepResult:
     bad_samples: list[int]
     """Samples (numbers in the train split) whose loss was not finite."""
     loss_scale: float | None
-    votes: tuple[int, ...]
-    """How many ranks said yes to each of the questions that were put to the vote."""
+    votes: Votes
+    """Of all ranks together."""
 
 
 def build_model(config: TrainConfig, model: ModelConfig) -> MVAR:
@@ -154,10 +157,10 @@ class Engine:
             init_conditioning=model.init_conditioning,
         )
 
-    def step(self, step: int, batches: Sequence[Batch], votes: Sequence[bool] = ()) -> StepResult:
+    def step(self, step: int, batches: Sequence[Batch], votes: Votes = NO_VOTES) -> StepResult:
         """One optimizer step, number `step` (0-based), over this rank's micro-batches.
 
-        `votes`: this rank's answers to questions of the caller's, counted over ranks at no extra cost.
+        `votes`: this rank's, counted over ranks at no extra cost.
         """
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
@@ -213,22 +216,22 @@ class Engine:
         return (norm if math.isfinite(norm) and norm >= 0 else None), bool(self._engine.was_step_applied())
 
     def _agree(
-        self, found: list[Losses], batches: Sequence[Batch], votes: Sequence[bool], scales: int
-    ) -> tuple[Averages, list[int], tuple[int, ...]]:
+        self, found: list[Losses], batches: Sequence[Batch], votes: Votes, scales: int
+    ) -> tuple[Averages, list[int], Votes]:
         """One sum over ranks a step: losses, whether anybody has a bad sample, and the votes."""
         loss_BS = torch.cat([losses.loss_BS for losses in found])
         correct_BS = torch.cat([losses.correct_BS for losses in found])
         indices_B = np.concatenate([batch.indices_B for batch in batches])
         self._last = loss_BS, indices_B
         bad_B = ~loss_BS.isfinite().all(dim=1)
-        counted = torch.tensor([int(bad_B.sum()), len(bad_B), *map(int, votes)], device=loss_BS.device)
+        counted = torch.tensor([int(bad_B.sum()), len(bad_B), *votes.numbers()], device=loss_BS.device)
         sums = self.world.sum(torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), counted]))
         losses, counts = sums[: -len(counted)], [int(count) for count in sums[-len(counted) :]]
         bad: list[int] = []
         if counts[0] > 0:
             bad_indices = indices_B[bad_B.cpu().numpy()].tolist()
             bad = [int(index) for part in self.world.gather(bad_indices) for index in part]
-        return self._averages(losses, counts[1], scales), bad, tuple(counts[2:])
+        return self._averages(losses, counts[1], scales), bad, Votes(*counts[2:])
 
     def worst_samples(self, count: int) -> list[int]:
         """Samples (numbers in the train split) of the last step with the highest losses over all ranks, worst first."""

@@ -39,8 +39,9 @@ def run_and_die(config: str, victim: int, point: str, count: int) -> int:
 
 def arm(point: str, count: int) -> None:
 
-    from mvar.checkpoint import choosing, saver, saving, tensors
+    from mvar.checkpoint import saver, tensors
     from mvar.checkpoint.loading import CheckpointReader
+    from mvar.files import disk
     from mvar.run.tracking import JsonLines
     from mvar.training.engine import Engine
 
@@ -48,11 +49,11 @@ def arm(point: str, count: int) -> None:
         "step": (Engine, "_update"),
         "snapshot": (saver.Saver, "_snapshot"),
         "write": (tensors, "_chunks"),
-        "sync": (saving, "sync_folder"),
+        "sync": (disk, "sync_folder"),
         "commit": (os, "rename"),
         "retention": (shutil, "rmtree"),
         "load": (CheckpointReader, "read"),
-        "choose": (choosing, "sha256_of"),
+        "choose": (disk, "sha256_of"),
         "metrics": (JsonLines, "write"),
     }[point]
     original: Callable[..., Any] = getattr(owner, name)

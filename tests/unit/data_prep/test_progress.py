@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep import progress
-from data_prep.progress import TokenizeProgress, clock
+from data_prep.progress import TokenizeProgress
 
 
 @pytest.fixture
@@ -41,7 +41,3 @@ def test_a_line_says_speed_and_time_left_every_few_seconds(now, capsys):
 def test_a_task_that_did_nothing_divides_by_nothing(now):
     told = TokenizeProgress("task", 0)
     assert (told.seconds, told.busy_share) == (0, 1)
-
-
-def test_durations_are_hours_minutes_and_seconds():
-    assert clock(3725.4) == "1:02:05"

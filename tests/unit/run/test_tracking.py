@@ -12,6 +12,7 @@ from mvar.config import TrackingConfig
 from mvar.errors import WriteError
 from mvar.run import tracking
 from mvar.run.tracking import Guarded, JsonLines, Tracker, cut_after, flat
+from mvar.training.console import TransformerLines
 
 TRAIN: dict[str, Any] = {
     "loss": 1 / 3,
@@ -35,9 +36,9 @@ def tracker(folder: Path, resumed_step: int = 0, *, is_main: bool = True, **chan
         TrackingConfig(**({"log_every": 2, "wandb": "disabled"} | changes)),
         is_main=is_main,
         resumed_step=resumed_step,
-        last_step=10,
         samples_at=lambda step: 4 * step,
         settings={"seed": 1},
+        lines=TransformerLines(2, 10),
     )
 
 
