@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from mvar.config import DeviceChoice
 from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
@@ -83,7 +84,7 @@ class TokenizeConfig(Section):
     accept_agreement: Fraction | None = Field(
         None, description="share of codes that a fast mode (tf32, bf16, compile) must have in common with fp32"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the encoder runs")
+    device: DeviceChoice = Field("auto", description="where the encoder runs")
     threads: PositiveInt | None = Field(None, description="CPU threads of the encoder; default: all cores")
     workers: NonNegativeInt | None = Field(None, description="images decoded at once; default: all cores; 0: in line")
     decoders: Literal["threads", "processes"] = Field("threads", description="what the workers are")

@@ -14,6 +14,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 """Where the shipped templates are found."""
 
 
+InitRecipe = Literal["fixed", "published"]
+Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
+ReaderKind = Literal["mmap", "ram", "staged"]
+PeakSetting = Literal["auto", "measure"] | PositiveFloat
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+WandbMode = Literal["offline", "online", "disabled"]
+
+
 class ModelConfig(Section):
     """The transformer (DESIGN §5). The defaults are the published 256 px model."""
 
@@ -28,7 +36,7 @@ class ModelConfig(Section):
     shared_conditioning: bool = Field(False, description="one class conditioning for all blocks (d36-s)")
     label_drop: Fraction = Field(0.1, description="share of labels replaced by 'no class', for guidance")
     drop_path: Fraction | None = Field(None, description="stochastic depth of the last block; default 0.1 x depth/24")
-    init: Literal["fixed", "published"] = Field("fixed", description="'published' repeats its two omissions")
+    init: InitRecipe = Field("fixed", description="'published' repeats its two omissions")
     init_gamma: NonNegativeFloat = Field(1e-3, description="scale of the residual gates at the start")
     init_head: NonNegativeFloat = Field(0.02, description="scale of the head's weight at the start")
     init_conditioning: NonNegativeFloat = Field(0.5, description="scale of the conditioning's weight at the start")
@@ -64,7 +72,7 @@ class DataConfig(Section):
 
     store: str = Field(description="folder of the code store (the one that holds manifest.json), or its URL")
     tokenizer: Path | None = Field(None, description="tokenizer file, to draw sample grids while training")
-    reader: Literal["mmap", "ram", "staged"] = Field(
+    reader: ReaderKind = Field(
         "mmap", description="map the shards, load them all first, or copy them to the node's disk and map them there"
     )
     stage: Path | None = Field(None, description="folder on the node's own disk, for reader=staged")
@@ -103,7 +111,7 @@ class EngineConfig(Section):
     """DeepSpeed and memory."""
 
     ds_config: Path = Field(Path("ds_configs/zero2.json"), description="DeepSpeed template; picks the ZeRO stage")
-    precision: Literal["bf16", "bf16_autocast", "fp16", "fp32"] = Field("bf16", description="arithmetic of the blocks")
+    precision: Precision = Field("bf16", description="arithmetic of the blocks")
     micro_batch: PositiveInt | None = Field(None, description="images a rank holds at once; default: global/world")
     activation_checkpointing: Literal["off", "every", "selective"] | PositiveInt = Field(
         "off", description="recompute in the backward pass: every block, every n-th, or all but linear layers"
@@ -153,10 +161,10 @@ class TrackingConfig(Section):
     sample_every: NonNegativeInt = Field(0, description="steps between sample grids; 0: none")
     sample_classes: PositiveInt = Field(8, description="rows of a sample grid")
     sample_per_class: PositiveInt = Field(8, description="columns of a sample grid")
-    peak_tflops: Literal["auto", "measure"] | PositiveFloat = Field(
+    peak_tflops: PeakSetting = Field(
         "auto", description="of one GPU, for MFU: auto knows it by name; measure: torch.matmul at the start"
     )
-    wandb: Literal["offline", "online", "disabled"] = Field("offline", description="Weights & Biases")
+    wandb: WandbMode = Field("offline", description="Weights & Biases")
     wandb_project: str = Field("mvar", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events under the run folder")
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
 from mvar.files.disk import remove_stale, write_text
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
 from mvar.model.transformer import MVAR
-from mvar.sampling.sampler import check_geometry, generate_latent
+from mvar.sampling.sampler import DEFAULTS, SamplingOptions, check_geometry, generate_latent
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -43,12 +44,15 @@ class Settings:
     weights: str
     """Digest of the weights, as `fingerprint` makes it."""
     tokenizer: str
-    cfg: float
-    top_k: int
-    top_p: float
-    smooth: bool
+    options: SamplingOptions
     seed: int
     precision: str
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in sample.json."""
+        tree = dataclasses.asdict(self)
+        options: dict[str, Any] = tree.pop("options")
+        return tree | options
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,8 @@ class Painter:
             self.model,
             self.tokenizer,
             torch.tensor([picture.label for picture in pictures]),
-            chosen.cfg,
-            chosen.top_k,
-            chosen.top_p,
+            chosen.options,
             [picture.seed(chosen.seed) for picture in pictures],
-            chosen.smooth,
         )
         half = chosen.precision != "fp32"
         with torch.autocast(device.type, DTYPES[chosen.precision] if half else None, enabled=half):
@@ -139,7 +140,7 @@ def pick_device(name: str) -> torch.device:
 def claim(out: Path, settings: Settings) -> None:
     """Note the settings in the folder, or compare with what is noted. Raises ConfigError where they differ."""
     path = out / RECORD
-    ours = dataclasses.asdict(settings)
+    ours = settings.record()
     try:
         theirs = json.loads(path.read_text())
     except FileNotFoundError:
@@ -208,10 +209,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
     parser.add_argument("--classes", default="all", help="all, or numbers such as 0-9 or 1,5 (default all)")
     parser.add_argument("--per-class", type=int, default=8, help="images of each class (default 8)")
-    parser.add_argument("--cfg", type=float, default=1.5, help="guidance at the finest scale, 0: off (default 1.5)")
-    parser.add_argument("--top-k", type=int, default=900, help="likeliest words kept; 0: all, 1: greedy (default 900)")
-    parser.add_argument("--top-p", type=float, default=0.96, help="probability kept; 0 or 1: all (default 0.96)")
-    parser.add_argument("--smooth", action="store_true", help="feed mixtures of words: smoother, worse figures")
+    for flag, default, meaning in (
+        ("--cfg", DEFAULTS.cfg, "guidance at the finest scale, 0: off"),
+        ("--top-k", DEFAULTS.top_k, "likeliest codes kept; 0: all, 1: greedy"),
+        ("--top-p", DEFAULTS.top_p, "probability kept; 0 or 1: all"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, help=f"{meaning} (default {default})")
+    parser.add_argument("--smooth", action="store_true", help="feed mixtures of code vectors: smoother, worse figures")
     parser.add_argument("--seed", type=int, default=0, help="other seed, other images (default 0)")
     parser.add_argument("--batch", type=int, default=16, help="images drawn together (default 16)")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="arithmetic (default fp32)")
@@ -236,8 +240,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--task {args.task} --tasks {args.tasks}: expected a task number from 0 to {args.tasks - 1}."
         )
-    if args.top_k < 0 or not 0 <= args.top_p <= 1:
-        raise ConfigError(f"--top-k {args.top_k} --top-p {args.top_p}: expected at least 0, and 0 to 1.")
     if args.grid is not None and args.grid.suffix.lower() != ".png":
         raise ConfigError(f"--grid {args.grid}: must end in .png.")
 
@@ -245,6 +247,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     check_arguments(args)
+    options = SamplingOptions(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, smooth=args.smooth)
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer)
 
@@ -265,10 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(
         weights=fingerprint(state),
         tokenizer=fingerprint(tokenizer.state_dict()),
-        cfg=args.cfg,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        smooth=args.smooth,
+        options=options,
         seed=args.seed,
         precision=args.precision,
     )

@@ -36,7 +36,7 @@ from mvar.run.loop import Session, TrainingLoop, claim, due
 from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
 from mvar.run.world import World
-from mvar.sampling.sampler import generate
+from mvar.sampling.sampler import generate_codes
 from mvar.settings import describe, load
 from mvar.tokenizer.files import load_tokenizer
 from mvar.training.console import TransformerLines
@@ -221,7 +221,7 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
         with self.engine.drawing() as model:
             for chunk in np.array_split(mine, math.ceil(share / self.job.split.micro_batch)):
                 labels_B = torch.from_numpy(labels[chunk])
-                codes_BL = generate(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
+                codes_BL = generate_codes(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
                 parts.append(codes_BL.cpu())
         codes_NL = torch.cat(world.gather(torch.cat(parts)))[: len(labels)]
         name = f"samples/step-{done:09d}.png"

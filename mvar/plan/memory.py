@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
+from mvar.config import Precision
 from mvar.model.kernels.ssd import chunk_length
 from mvar.model.mamba2 import EXPAND, HEAD_WIDTH, STATE
 from mvar.model.recompute import ActivationCheckpointing, recomputes
 from mvar.model.token_loss import CHUNK
 from mvar.plan.sizes import Sizes
 
-Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
 Kernels = Literal["cpu", "gpu", "gpu_torch"]
 """`gpu`: flash-attn and mamba-ssm. `gpu_torch`: torch's fused attention and our scan. `cpu`: attention runs in fp32."""
 

@@ -50,7 +50,7 @@ def run_training(prepare: Callable[[], C | None], join: Callable[[C], World], tr
         traceback.print_exc()
         _end(EXIT_FAULT)
     worlds.finish()
-    _end(code)
+    return _end(code)
 
 
 def _end(code: int) -> NoReturn:

@@ -124,7 +124,7 @@ class Engine:
 
     def initialise(self, values: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> None:
         """Fill in the weights a training starts from: `values(name, shape)`, by default a function of (seed, name)."""
-        values = values or self._initializer().value
+        values = values or Initializer(self.config.seed, self._model_config).value
         shapes = self.partition.shapes
 
         def initial(piece: Piece, kind: str) -> Tensor | None:
@@ -144,18 +144,6 @@ class Engine:
         values = self.partition.gather(names, self.world.device)
         for mixer, module in self._mixers.items():
             module.exact_3H = torch.stack([values[f"{mixer}.{part}"] for part in DECAYS])
-
-    def _initializer(self) -> Initializer:
-        model = self._model_config
-        return Initializer(
-            seed=self.config.seed,
-            depth=model.depth,
-            width=model.resolved_width,
-            init=model.init,
-            init_gamma=model.init_gamma,
-            init_head=model.init_head,
-            init_conditioning=model.init_conditioning,
-        )
 
     def step(self, step: int, batches: Sequence[Batch], votes: Votes = NO_VOTES) -> StepResult:
         """One optimizer step, number `step` (0-based), over this rank's micro-batches.

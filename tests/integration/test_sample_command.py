@@ -34,7 +34,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         depth=2, width=64, heads=2, num_classes=CLASSES, patch_nums=PYRAMID, vocab_size=32, latent_channels=4
     )
     model = MVAR.from_config(config, num_classes=CLASSES)
-    init_weights_(model, 0, init_gamma=1.0, init_head=2.0, init_conditioning=1.0)
+    init_weights_(model, 0, ModelConfig(init_gamma=1.0, init_head=2.0, init_conditioning=1.0))
     save_weights(folder / "model.safetensors", config, model.state_dict())
     torch.manual_seed(0)
     save_tokenizer(folder / "tokenizer.safetensors", VQVAE(32, 4, 32, PYRAMID, channel_mult=(1, 1), res_blocks=1))

@@ -19,9 +19,8 @@ SHOW = "import json, os; print(json.dumps(dict(os.environ)))"
 def environment_of(*words: str, **more: str) -> dict[str, str]:
     """What a Python that is started with `words` has in its environment at its end."""
     environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environ |= {
-        "PYTHONPATH": os.pathsep.join([*([more.pop("path")] if "path" in more else []), str(REPOSITORY)])
-    } | more
+    environ["PYTHONPATH"] = os.pathsep.join([*more.pop("path", "").split(), str(REPOSITORY)])
+    environ |= more
     done = subprocess.run([sys.executable, *words], env=environ, capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found

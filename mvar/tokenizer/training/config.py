@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mvar.config import DeviceChoice, WandbMode
 from mvar.errors import MvarError
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 from mvar.settings import Fraction, Section
@@ -120,13 +121,13 @@ class TokenizerTrainConfig(Section):
     revive_below: NonNegativeFloat = Field(0.05, description="a word is dead below this share of the mean usage")
     revive_until: Fraction = Field(0.7, description="share of the training after which no word is revived")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="convolutions; auto: bf16 if fast here")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto: a GPU if there is one")
+    device: DeviceChoice = Field("auto", description="where to train; auto: a GPU if there is one")
     threads: PositiveInt | None = Field(None, description="CPU threads of a process; default: cores / processes here")
     log_every: PositiveInt = Field(20, description="steps between two status lines")
     validate_every: NonNegativeInt = Field(500, description="steps between measurements of quality; 0: only at the end")
     save_every: PositiveInt = Field(200, description="steps between two saved states")
     grid_images: PositiveInt = Field(32, description="pictures in the reconstruction grid")
-    wandb: Literal["offline", "online", "disabled"] = Field("disabled", description="Weights & Biases")
+    wandb: WandbMode = Field("disabled", description="Weights & Biases")
     wandb_project: str = Field("mvar-tokenizer", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events into the out folder")
     stop_before_end_s: NonNegativeFloat = Field(180, description="save and stop so long before Slurm's time limit")
