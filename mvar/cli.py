@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from mvar.errors import MvarError
+from mvar.errors import EXIT_USER_ERROR, MvarError
 from mvar.omp import sleep_when_idle
 
 COMMANDS = {
@@ -42,7 +42,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
 def show_error(error: MvarError) -> int:
     """One message on stderr; the exit code of a user's error."""
     print(f"mvar: error: {error}", file=sys.stderr, flush=True)
-    return 2
+    return EXIT_USER_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[0] not in COMMANDS:
         print(f"mvar: error: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR
     sleep_when_idle()
     module = import_module(COMMANDS[args[0]][0])
     return run_command(module.main, args[1:])

@@ -36,6 +36,7 @@ from mvar.report import draw_curves, read_metrics
 from mvar.schedule import Plan
 from mvar.settings import load
 from mvar.tokenizer.files import load_tokenizer
+from mvar.train_tokenizer import reconstructions
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RANKS = 2
@@ -155,9 +156,7 @@ def draw_reconstructions(demo: Demo, path: Path, pairs: int = 2 * GRID_COLUMNS) 
     tokenizer = load_tokenizer(demo.tokenizer).eval()
     with torch.no_grad():
         again = to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(originals))))
-    starts = range(0, pairs, GRID_COLUMNS)
-    rows = [picture for i in starts for source in (originals, again) for picture in source[i : i + GRID_COLUMNS]]
-    save_png(path, enlarge(grid(rows, GRID_COLUMNS), 2))
+    save_png(path, reconstructions(originals, again, GRID_COLUMNS))
 
 
 def draw_samples(demo: Demo, path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from mvar.cli import run_command
 from mvar.durations import duration
-from mvar.errors import MvarError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, MvarError
 from mvar.run.claims import claim_path, living_holder
 from mvar.run.history import History, Start
 from mvar.run.names import CLAIM, folder_of, newest_step
@@ -151,7 +151,7 @@ def _state(run: Path, starts: Sequence[Start], holder: str | None) -> str:
         return "finished"
     if not starts:
         return "not training" if (run / "metrics.jsonl").is_file() else "not begun"
-    return {None: "killed", 0: "finished", 75: "stopped"}.get(starts[-1].code, "failed")
+    return {None: "killed", EXIT_FINISHED: "finished", EXIT_STOPPED: "stopped"}.get(starts[-1].code, "failed")
 
 
 def _last_sign(run: Path) -> float:

@@ -25,7 +25,7 @@ from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.data.prefetch import Feed
 from mvar.data.stream import Batch, eval_batches
-from mvar.errors import ConfigError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError
 from mvar.images.arrays import grid, save_png, to_uint8
 from mvar.run import world as worlds
 from mvar.run.command import run_training
@@ -33,7 +33,7 @@ from mvar.run.folder import RunFolder
 from mvar.run.history import History
 from mvar.run.launcher import detect, rank_hint
 from mvar.run.loop import Session, TrainingLoop, claim, due
-from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
+from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
 from mvar.run.world import World
 from mvar.sampling.sampler import generate_codes

@@ -25,7 +25,7 @@ import torch
 from mvar.cli import run_command
 from mvar.config import TrackingConfig
 from mvar.data.prefetch import Feed
-from mvar.errors import CheckpointError
+from mvar.errors import EXIT_FINISHED, CheckpointError
 from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
@@ -34,7 +34,7 @@ from mvar.run import world as worlds
 from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
 from mvar.run.loop import Session, TrainingLoop, Votes, claim, due
-from mvar.run.stopping import EXIT_FINISHED, StopRequests, Watchdog
+from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
 from mvar.run.world import World, cores
 from mvar.settings import describe, dump, load
@@ -245,9 +245,9 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep]):
         print(f"wrote {result}", flush=True)
 
 
-def reconstructions(originals_NHWC: Pixels, reconstructed_NHWC: Pixels) -> Pixels:
+def reconstructions(originals_NHWC: Pixels, reconstructed_NHWC: Pixels, columns: int = GRID_COLUMNS) -> Pixels:
     """One picture with rows of originals, each above the row of the reconstructed ones."""
-    columns = min(GRID_COLUMNS, len(originals_NHWC))
+    columns = min(columns, len(originals_NHWC))
     rows = [
         picture
         for start in range(0, len(originals_NHWC), columns)

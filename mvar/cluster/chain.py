@@ -32,9 +32,6 @@ from typing import Any
 from mvar.cli import run_command
 from mvar.cluster import snapshot
 from mvar.cluster.decisions import (
-    FINISHED,
-    STOPPED,
-    USER_ERROR,
     Attempt,
     Blame,
     Limits,
@@ -44,7 +41,7 @@ from mvar.cluster.decisions import (
     expand,
     strikes,
 )
-from mvar.errors import ConfigError, MvarError, WriteError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, MvarError, WriteError
 from mvar.files import json_lines
 from mvar.files.disk import place
 from mvar.run.history import History
@@ -253,7 +250,7 @@ def own_words(run: Path, job: SlurmJob, code: int) -> tuple[int, str]:
     if not starts or (starts[-1].job, starts[-1].restarts) != (job.name, job.restarts):
         return code, ""
     said = starts[-1]
-    return said.code if said.code in (FINISHED, STOPPED) else code, said.reason
+    return said.code if said.code in (EXIT_FINISHED, EXIT_STOPPED) else code, said.reason
 
 
 def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> int:
@@ -267,7 +264,7 @@ def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> in
     own = [attempt for attempt in attempts if attempt.chain == job.chain]
     decision = decide(code, job, own, limits, preempted=slurm.is_preempted(job), reason=reason)
     logs.end(job.name, job.restarts, step, code, decision.action, evidence, reason)
-    if code not in (FINISHED, STOPPED, USER_ERROR):
+    if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR):
         say(f"logs: {logs.folder / job.name}. {' | '.join(evidence.evidence)}".rstrip())
         exclude_repeaters(logs, attempts, limits, evidence)
     say(decision.message)

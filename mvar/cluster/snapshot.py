@@ -41,7 +41,7 @@ from mvar.ds_config import find_template
 from mvar.errors import MvarError
 from mvar.files.disk import sha256_of, sync_folder, synced, tree_digest
 from mvar.files.remote import is_url
-from mvar.settings import S, dump, load
+from mvar.settings import S, dump, flat, load
 
 SOURCE = Path(__file__).resolve().parents[2]
 """The checkout (or the folder of installed packages) that this very code is read from."""
@@ -130,8 +130,8 @@ def drift(run: Path, record: Mapping[str, Any], config: TrainConfig | None) -> l
     if config is not None:
         run = Path(os.path.abspath(run))
         # As plain trees: what was kept need not be valid for this code.
-        kept = _flat(yaml.safe_load((run / NAME / CONFIG).read_text(encoding="utf-8")))
-        given = _flat(yaml.safe_load(dump(_pinned(config, run))))
+        kept = flat(yaml.safe_load((run / NAME / CONFIG).read_text(encoding="utf-8")))
+        given = flat(yaml.safe_load(dump(_pinned(config, run))))
         found += [
             f"{key}: {kept.get(key)} in the snapshot, {value} given"
             for key, value in given.items()
@@ -154,13 +154,6 @@ def _pinned(config: TrainConfig, run: Path) -> TrainConfig:
 def _absolute(section: S) -> S:
     paths = {name: value for name, value in section if isinstance(value, Path)}
     return section.model_copy(update={name: Path(os.path.abspath(path)) for name, path in paths.items()})
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _describe(folder: Path, run: Path, replaces: str | None) -> dict[str, Any]:

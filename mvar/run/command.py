@@ -9,14 +9,12 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from mvar.cli import show_error
-from mvar.errors import MvarError
+from mvar.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_USER_ERROR, MvarError
 from mvar.run import world as worlds
 from mvar.run.launcher import rank_hint
-from mvar.run.stopping import EXIT_FINISHED
 from mvar.run.world import RemoteError, World
 
 C = TypeVar("C")
-EXIT_USER_ERROR, EXIT_FAULT = 2, 1
 
 
 def run_training(prepare: Callable[[], C | None], join: Callable[[C], World], train: Callable[[C, World], int]) -> int:

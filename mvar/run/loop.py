@@ -13,8 +13,9 @@ from dataclasses import astuple, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from mvar.data.prefetch import Feed
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED
 from mvar.run.folder import RunFolder
-from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
+from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch
 from mvar.run.world import World
 

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from mvar.config import DeviceChoice, WandbMode
 from mvar.errors import MvarError
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
-from mvar.settings import Fraction, Section
+from mvar.settings import Fraction, Section, flat
 
 SMALLEST_SEEN = 16
 """Pixels of a side that VGG-16's four halvings leave one of."""
@@ -163,12 +163,5 @@ class TokenizerTrainConfig(Section):
             *("log_every", "validate_every", "save_every", "grid_images", "wandb", "wandb_project", "tensorboard"),
             *("stop_before_end_s", "takeover_s", "watchdog_s"),
         }
-        flat = _flat(self.model_dump(mode="json", exclude=indifferent))
-        return {key: value for key, value in flat.items() if key not in FILES}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        settings = flat(self.model_dump(mode="json", exclude=indifferent))
+        return {key: value for key, value in settings.items() if key not in FILES}

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mvar.data.prefetch import Feed
-from mvar.errors import StoreError, TrainingError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, StoreError, TrainingError
 from mvar.run.folder import RunFolder
 from mvar.run.launcher import Place
 from mvar.run.loop import Session, TrainingLoop, Votes, due
-from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
+from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch
 from mvar.run.world import World
 
