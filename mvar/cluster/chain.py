@@ -32,6 +32,7 @@ from typing import Any
 from mvar.cli import run_command
 from mvar.cluster import snapshot
 from mvar.cluster.decisions import (
+    NO_FAULTS,
     Attempt,
     Blame,
     Limits,
@@ -41,7 +42,7 @@ from mvar.cluster.decisions import (
     expand,
     strikes,
 )
-from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError, MvarError, WriteError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError, WriteError
 from mvar.files import json_lines
 from mvar.files.disk import place
 from mvar.run.history import History
@@ -264,7 +265,7 @@ def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> in
     own = [attempt for attempt in attempts if attempt.chain == job.chain]
     decision = decide(code, job, own, limits, preempted=slurm.is_preempted(job), reason=reason)
     logs.end(job.name, job.restarts, step, code, decision.action, evidence, reason)
-    if code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR):
+    if code not in NO_FAULTS:
         say(f"logs: {logs.folder / job.name}. {' | '.join(evidence.evidence)}".rstrip())
         exclude_repeaters(logs, attempts, limits, evidence)
     say(decision.message)

@@ -11,6 +11,7 @@ from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR, ConfigErro
 from mvar.run.history import job_name
 
 NO_FAULTS = (EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR)
+"""Exit codes of a training that nothing went wrong with but its use."""
 Action = Literal["finished", "next", "requeue", "stop"]
 
 
@@ -101,11 +102,7 @@ class Attempt:
     @property
     def fruitless(self) -> bool:
         """Whether it failed without a new checkpoint."""
-        return (
-            self.ended
-            and self.code not in (EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR)
-            and (self.saved or 0) <= self.step
-        )
+        return self.ended and self.code not in NO_FAULTS and (self.saved or 0) <= self.step
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,7 @@ def decide(
     if code == EXIT_FINISHED:
         return Decision("finished", "the run is finished; what is left of the chain is cancelled.", 0)
     if code == EXIT_USER_ERROR:
-        return Decision(
-            "stop", "wrong use (see above): the chain ends here. Mend it and submit again.", EXIT_USER_ERROR
-        )
+        return Decision("stop", "wrong use (see above): the chain ends here. Mend it and submit again.", code)
     if code == EXIT_STOPPED:
         if reason.endswith("STOP exists"):
             return Decision("stop", "stopped by the STOP file: the chain ends here. Submit again to go on.", 0)
