@@ -14,6 +14,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 """Where the shipped templates are found."""
 
 
+AttentionBackend = Literal["auto", "sdpa", "flash"]
+MambaBackend = Literal["auto", "torch", "mamba_ssm"]
+NormBackend = Literal["torch", "apex"]
+ActivationCheckpointing = Literal["off", "every", "selective"] | PositiveInt
 InitRecipe = Literal["fixed", "published"]
 Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
 ReaderKind = Literal["mmap", "ram", "staged"]
@@ -40,11 +44,9 @@ class ModelConfig(Section):
     init_gamma: NonNegativeFloat = Field(1e-3, description="scale of the residual gates at the start")
     init_head: NonNegativeFloat = Field(0.02, description="scale of the head's weight at the start")
     init_conditioning: NonNegativeFloat = Field(0.5, description="scale of the conditioning's weight at the start")
-    attention_backend: Literal["auto", "sdpa", "flash"] = Field("auto", description="kernels of the attention")
-    mamba_backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", description="kernels of Mamba-2")
-    norm_backend: Literal["torch", "apex"] = Field(
-        "torch", description="layer norms: torch's, or NVIDIA apex's fused one"
-    )
+    attention_backend: AttentionBackend = Field("auto", description="kernels of the attention")
+    mamba_backend: MambaBackend = Field("auto", description="kernels of Mamba-2")
+    norm_backend: NormBackend = Field("torch", description="layer norms: torch's, or NVIDIA apex's fused one")
 
     @model_validator(mode="after")
     def _geometry(self) -> ModelConfig:
@@ -113,7 +115,7 @@ class EngineConfig(Section):
     ds_config: Path = Field(Path("ds_configs/zero2.json"), description="DeepSpeed template; picks the ZeRO stage")
     precision: Precision = Field("bf16", description="arithmetic of the blocks")
     micro_batch: PositiveInt | None = Field(None, description="images a rank holds at once; default: global/world")
-    activation_checkpointing: Literal["off", "every", "selective"] | PositiveInt = Field(
+    activation_checkpointing: ActivationCheckpointing = Field(
         "off", description="recompute in the backward pass: every block, every n-th, or all but linear layers"
     )
     threads: PositiveInt | None = Field(None, description="CPU threads a rank uses; default: cores / local ranks")

@@ -11,16 +11,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvar.config import AttentionBackend
 from mvar.errors import BackendError
 from mvar.model.kernels.precision import HALF, Linear, linear, no_autocast, wide
-
-AttentionBackend = Literal["auto", "sdpa", "flash"]
 
 MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvar.model.attention import AttentionBackend, ScaleAttention
-from mvar.model.conditioning import NormBackend, layer_norm, modulated_norm, project, projection
+from mvar.config import AttentionBackend, MambaBackend, NormBackend
+from mvar.model.attention import ScaleAttention
+from mvar.model.conditioning import layer_norm, modulated_norm, project, projection
 from mvar.model.kernels.precision import Linear, wide
-from mvar.model.mamba2 import Mamba2, MambaBackend, MambaState
+from mvar.model.mamba2 import Mamba2, MambaState
 
 BRANCHES = 3
 """Residual branches of a block, in order: attention, Mamba-2, feed-forward."""

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvar.config import NormBackend
 from mvar.errors import BackendError
 from mvar.model.kernels.precision import Linear, wide
 
-NormBackend = Literal["torch", "apex"]
 Norm = Callable[[Tensor], Tensor]
 
 NORM_EPS = 1e-6

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvar.config import MambaBackend
 from mvar.model.kernels import mamba_ssm as mamba_kernels
 from mvar.model.kernels.mamba_ops import causal_conv, gated_norm
 from mvar.model.kernels.precision import Linear, no_autocast, wide
 from mvar.model.kernels.ssd import ssd
-
-MambaBackend = Literal["auto", "torch", "mamba_ssm"]
 
 STATE = 64
 HEAD_WIDTH = 64

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvar.config import ModelConfig
+from mvar.config import ActivationCheckpointing, AttentionBackend, MambaBackend, ModelConfig, NormBackend
 from mvar.errors import ConfigError
-from mvar.model.attention import AttentionBackend, ScaleAttention
+from mvar.model.attention import ScaleAttention
 from mvar.model.block import VECTORS, Block
-from mvar.model.conditioning import ConditionedNorm, NormBackend, project, projection
+from mvar.model.conditioning import ConditionedNorm, project, projection
 from mvar.model.kernels.precision import Linear, WideEmbedding, WideLinear, compute_dtype
-from mvar.model.mamba2 import HEAD_WIDTH, MambaBackend, MambaState
-from mvar.model.recompute import ActivationCheckpointing, keeping_linears, recomputes
+from mvar.model.mamba2 import HEAD_WIDTH, MambaState
+from mvar.model.recompute import keeping_linears, recomputes
 from mvar.model.token_loss import token_losses
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
-from mvar.config import Precision
+from mvar.config import ActivationCheckpointing, Precision
 from mvar.model.kernels.ssd import chunk_length
 from mvar.model.mamba2 import EXPAND, HEAD_WIDTH, STATE
-from mvar.model.recompute import ActivationCheckpointing, recomputes
+from mvar.model.recompute import recomputes
 from mvar.model.token_loss import CHUNK
 from mvar.plan.sizes import Sizes
 
