@@ -369,6 +369,7 @@ def sample(context: Context, depth: int) -> None:
     from mvar.model.kernels import fused
     from mvar.model.kernels.arithmetic import Arithmetic
     from mvar.sampling.graph import GraphedDrawing
+    from mvar.sampling.sampler import DEFAULTS
 
     on_gpu = context.device.type == "cuda"
     Arithmetic.of("bf16", "auto", context.device).apply()
@@ -379,8 +380,9 @@ def sample(context: Context, depth: int) -> None:
     model.store_matmuls_(torch.bfloat16).eval()
 
     def drawing(tokenizer: Any, images: int) -> Callable[[Tensor, range], Tensor]:
-        options: dict[str, Any] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "graphed": on_gpu}
-        return GraphedDrawing(model, tokenizer, images, lambda f_hat: decoded(tokenizer, f_hat), **options)
+        return GraphedDrawing(
+            model, tokenizer, images, lambda f_hat: decoded(tokenizer, f_hat), DEFAULTS, graphed=on_gpu
+        )
 
     sampling(context, f"sample_d{depth}", drawing)
 

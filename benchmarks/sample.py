@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Report, parser, side_by_side, spread
 from benchmarks.roofline import matmul_gflops
+from mvar.config import ModelConfig
 from mvar.model.block import Block
 from mvar.model.init import init_weights_
 from mvar.model.mamba2 import Mamba2, MambaState
@@ -93,7 +94,7 @@ def measure(
     """Add the figures of one precision."""
     dtype = DTYPES[precision]
     model = MVAR(depth)
-    init_weights_(model, 0, init_gamma=0.1, init_head=1.0)
+    init_weights_(model, 0, ModelConfig(init_gamma=0.1, init_head=1.0))
     model.to(device).store_matmuls_(dtype).eval()
     torch.manual_seed(0)
     tokenizer = VQVAE(decoder_channels).eval().to(device)

@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks.harness import Report, parser, seconds_of, spread
 from data_prep.calibrate import Calibration
-from data_prep.job import Job, TokenizeConfig
+from data_prep.job import TokenizeConfig, TokenizeJob
 from data_prep.tokenize import tokenize
 from mvar.images.arrays import from_uint8
 from mvar.images.sources import ImageFolder
@@ -115,7 +115,7 @@ def measure(count: int, batch: int, channels: int, rounds: int, threads: int | N
             for name, own in rates.items():
                 own.append(loop() if name == "loop" else ours(name, number))
         rates = {name: own[1:] for name, own in rates.items()}
-        calibration = Calibration.read(root / "bf16-0", Job.read(root / "bf16-0").sha256)
+        calibration = Calibration.read(root / "bf16-0", TokenizeJob.read(root / "bf16-0").sha256)
         assert calibration is not None, "tokenize has just written it"
     report.context["size"] = {"images": count, "batch": batch, "channels": channels}
     for name, goal in (("fp32", ">= 1.3"), ("bf16", ">= 5")):

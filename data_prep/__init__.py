@@ -1,3 +1,3 @@
 """Images to code stores."""
 
-import mvar  # noqa: F401  Sets how threads wait, before torch is loaded.
+import mvar  # noqa: F401  Says how threads wait, before a command of this package loads torch.

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.encoder import Encoder, deterministic
+from data_prep.encoder import BatchEncoder, deterministic
 from data_prep.job import TokenizeConfig
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import write_file
@@ -66,7 +66,7 @@ class Calibration(pydantic.BaseModel):
         return out.getvalue()
 
 
-def calibrate(encoder: Encoder, images_BHWC: Pixels, job_sha256: str = "") -> Calibration:
+def calibrate(encoder: BatchEncoder, images_BHWC: Pixels, job_sha256: str = "") -> Calibration:
     """Encode some views in fp32 and in the encoder's own mode, decode both in fp32, compare."""
     fast_BL, exact_BL = encoder(images_BHWC), encoder.exact()(images_BHWC)
     pyramid = ScalePyramid(encoder.vqvae.patch_nums)
@@ -90,7 +90,7 @@ def agreement_by_scale(
 
 def require_accepted(config: TokenizeConfig, calibration: Calibration) -> None:
     """Raises ConfigError unless the configuration accepts what the fast mode costs."""
-    mode = config.precision + " compiled" * config.compile
+    mode = f"{config.precision} compiled" if config.compile else config.precision
     if config.accept_agreement is None:
         raise ConfigError(
             f"{mode}: a fast mode has to be accepted.\n{calibration.table()}\n"
@@ -122,7 +122,7 @@ def calibration_views(config: TokenizeConfig, source: Source, size: int) -> Pixe
     return np.concatenate(found)
 
 
-def _psnr_db(encoder: Encoder, codes_BL: NDArray[np.uint16], images_BHWC: Pixels) -> float:
+def _psnr_db(encoder: BatchEncoder, codes_BL: NDArray[np.uint16], images_BHWC: Pixels) -> float:
     @torch.inference_mode()
     def squared_errors_B(own: slice) -> Tensor:
         codes = torch.from_numpy(codes_BL[own].astype(np.int64)).to(encoder.device)

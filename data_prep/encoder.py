@@ -45,7 +45,7 @@ class Launched(Protocol):
 
 
 @dataclass
-class Encoder:
+class BatchEncoder:
     """At most `batch` views at once through the convolutions, in `precision`; the quantizer is float32 always.
 
     `threads`: of a CPU; default: all cores.
@@ -69,7 +69,7 @@ class Encoder:
             self._pool = ThreadPoolExecutor(threads, "mvar-encode", initializer=torch.set_num_threads, initargs=(1,))
 
     @classmethod
-    def load(cls, config: TokenizeConfig) -> Encoder:
+    def load(cls, config: TokenizeConfig) -> BatchEncoder:
         """The tokenizer of the configuration on its device. Raises TokenizerError, BackendError."""
         has_cuda = torch.cuda.is_available()
         if config.device == "cuda" and not has_cuda:
@@ -87,9 +87,9 @@ class Encoder:
         torch.nn.utils.convert_conv2d_weight_memory_format(vqvae.to(device), layout)
         return cls(vqvae, device, config.batch, config.precision, config.compile, config.threads)
 
-    def exact(self) -> Encoder:
+    def exact(self) -> BatchEncoder:
         """The same tokenizer in plain float32."""
-        return Encoder(self.vqvae, self.device, self.batch, threads=self.threads)
+        return BatchEncoder(self.vqvae, self.device, self.batch, threads=self.threads)
 
     def __call__(self, images_BHWC: Pixels) -> NDArray[np.uint16]:
         """uint8 (B, H, W, 3) -> codes, uint16 (B, L)."""

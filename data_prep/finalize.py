@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.calibrate import Calibration
-from data_prep.job import LAST_RUN, Job, LastRun, ShardPlan, array_list
+from data_prep.job import LAST_RUN, LastRun, ShardPlan, TokenizeJob, array_list
 from data_prep.shards import is_complete, read_record, read_shard
 from mvar.cli import run_command
 from mvar.data.manifest import INDEX, MANIFEST, FileInfo, Manifest, Quarantined, ShardInfo, SplitInfo, check_file
@@ -48,7 +48,7 @@ def finalize(folder: Path, tasks: int | None = None, workers: int | None = None)
     `tasks`: the number of tasks to name those that have to run again by; default: as in the last run. Raises
     StoreError while a shard is missing, damaged, or another job's, and leaves the store incomplete.
     """
-    job = Job.read(folder)
+    job = TokenizeJob.read(folder)
     plans = job.shards()
     _refuse_strangers(folder, plans)
     check_file(folder, job.quantizer)
@@ -73,7 +73,7 @@ def summary(manifest: Manifest, labels_N: I64 | None = None) -> str:
     lines = []
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
-        views = f"{len(split.views)} view{'s' * (len(split.views) != 1)}"
+        views = "1 view" if len(split.views) == 1 else f"{len(split.views)} views"
         lines.append(
             f"{name:5}  {split.samples:>11,} images x {views:9} {len(split.shards):>6} shards  {size:>17,} bytes"
         )
@@ -118,7 +118,7 @@ def _refuse_too_many_bad(folder: Path, shards: list[CheckedShard]) -> None:
         )
 
 
-def _check(folder: Path, job: Job, plan: ShardPlan, pyramid: ScalePyramid) -> CheckedShard | None:
+def _check(folder: Path, job: TokenizeJob, plan: ShardPlan, pyramid: ScalePyramid) -> CheckedShard | None:
     """The shard's content; None where it has to be made again. Raises StoreError where it is another job's."""
     if not is_complete(folder, plan.name, job.sha256):
         return None
@@ -144,7 +144,7 @@ def _check(folder: Path, job: Job, plan: ShardPlan, pyramid: ScalePyramid) -> Ch
     return CheckedShard(plan, info, table.offset_N, label_N, counts_SW, record.quarantine)
 
 
-def _write(folder: Path, job: Job, shards: list[CheckedShard], pyramid: ScalePyramid) -> Manifest:
+def _write(folder: Path, job: TokenizeJob, shards: list[CheckedShard], pyramid: ScalePyramid) -> Manifest:
     tables, splits = {}, {}
     for split, plan in job.splits.items():
         everywhere = [shard for shard in shards if shard.plan.split == split]
@@ -189,7 +189,7 @@ def _write(folder: Path, job: Job, shards: list[CheckedShard], pyramid: ScalePyr
     return manifest
 
 
-def _calibration(folder: Path, job: Job) -> dict[str, Any]:
+def _calibration(folder: Path, job: TokenizeJob) -> dict[str, Any]:
     """What a fast mode costs in codes, where the job used one."""
     found = Calibration.read(folder, job.sha256)
     return {} if found is None else {"calibration": found.model_dump(mode="json")}
@@ -210,7 +210,7 @@ def _explain_unfinished(folder: Path, plans: list[ShardPlan], unfinished: list[S
     if tasks is None:
         last = LastRun.read(folder)
         tasks = len(plans) if last is None else last.tasks
-    names = ", ".join(plan.name for plan in unfinished[:10]) + ", ..." * (len(unfinished) > 10)
+    names = ", ".join([*(plan.name for plan in unfinished[:10]), *(["..."] if len(unfinished) > 10 else [])])
     numbers = array_list({plan.number % tasks for plan in unfinished})
     return (
         f"code store {folder}: {len(unfinished)} of {len(plans)} shards are missing or damaged: {names}. "

@@ -18,7 +18,7 @@ def facts(folder: Path) -> str:
     manifest = store.manifest
     transform, encoding = manifest.transform, dict(manifest.encoding)
     calibration = encoding.pop("calibration", None)
-    shown = ", ".join(manifest.classes[:6]) + ", ..." * (len(manifest.classes) > 6)
+    shown = ", ".join(manifest.classes if len(manifest.classes) <= 6 else [*manifest.classes[:6], "..."])
     return "\n".join(
         [
             f"code store {folder}, format {manifest.format_version}",

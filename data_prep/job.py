@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from mvar.config import DeviceChoice
 from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
@@ -83,7 +84,7 @@ class TokenizeConfig(Section):
     accept_agreement: Fraction | None = Field(
         None, description="share of codes that a fast mode (tf32, bf16, compile) must have in common with fp32"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the encoder runs")
+    device: DeviceChoice = Field("auto", description="where the encoder runs")
     threads: PositiveInt | None = Field(None, description="CPU threads of the encoder; default: all cores")
     workers: NonNegativeInt | None = Field(None, description="images decoded at once; default: all cores; 0: in line")
     decoders: Literal["threads", "processes"] = Field("threads", description="what the workers are")
@@ -119,7 +120,7 @@ class SplitPlan(pydantic.BaseModel):
     views: tuple[str, ...]
 
 
-class Job(pydantic.BaseModel):
+class TokenizeJob(pydantic.BaseModel):
     """All that a shard's bytes depend on, besides its number. The first task writes it, the others compare.
 
     How the job is cut into tasks, decoded and run is not in here, and must not change a byte.
@@ -156,7 +157,7 @@ class Job(pydantic.BaseModel):
         return plans
 
     @classmethod
-    def read(cls, folder: Path) -> Job:
+    def read(cls, folder: Path) -> TokenizeJob:
         """The job of a store. Raises StoreError."""
         path = folder / JOB
         try:
@@ -185,13 +186,13 @@ def open_source(config: TokenizeConfig) -> Source:
     )
 
 
-def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> Job:
+def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> TokenizeJob:
     """What this configuration makes of this source. Raises StoreError when codes do not fit into 16 bits."""
     if vqvae.vocab_size > 1 << 16:
         raise StoreError(f"tokenizer {config.tokenizer}: {vqvae.vocab_size} words, a store's codes have 16 bits.")
     train, val = config.train_plan(vqvae.image_size), config.val_plan(vqvae.image_size)
     plans = {"train": train, "val": val}
-    return Job(
+    return TokenizeJob(
         tokenizer=TokenizerInfo(sha256=sha256_of(config.tokenizer), geometry=vqvae.geometry),
         quantizer=FileInfo(name=QUANTIZER, bytes=len(quantizer), sha256=hashlib.sha256(quantizer).hexdigest()),
         source=SourceInfo(**source.fingerprint._asdict()),
@@ -220,13 +221,13 @@ def quantizer_bytes(vqvae: VQVAE) -> bytes:
         return path.read_bytes()
 
 
-def pin(folder: Path, job: Job, quantizer: bytes) -> None:
+def pin(folder: Path, job: TokenizeJob, quantizer: bytes) -> None:
     """Make `job` the store's job, or check that it already is. Raises StoreError that names what differs."""
     make_folder(folder)
     path = folder / JOB
     if not path.exists():
         write_file(path, job.to_json())
-    pinned = Job.read(folder)
+    pinned = TokenizeJob.read(folder)
     if pinned.to_json() != job.to_json():
         differing = differences(pinned.model_dump(mode="json"), job.model_dump(mode="json"))
         raise StoreError(

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.calibrate import agreement_by_scale
-from data_prep.encoder import Encoder
-from data_prep.job import Job, TokenizeConfig, differences, open_source, plan_job, quantizer_bytes
+from data_prep.encoder import BatchEncoder
+from data_prep.job import TokenizeConfig, TokenizeJob, differences, open_source, plan_job, quantizer_bytes
 from mvar.data.store import CodeStore, Split
 from mvar.errors import StoreError
 from mvar.images.sources import Item, Source
@@ -30,16 +30,16 @@ class Origin:
     store: CodeStore
     config: TokenizeConfig
     source: Source
-    encoder: Encoder
+    encoder: BatchEncoder
 
     @classmethod
     def open(cls, store: CodeStore, config: TokenizeConfig) -> Origin:
         """Raises StoreError that names what differs from the job that made the store."""
-        encoder = Encoder.load(config)
+        encoder = BatchEncoder.load(config)
         source = open_source(config)
         job = plan_job(config, source, encoder.vqvae, quantizer_bytes(encoder.vqvae))
         if job.sha256 != store.manifest.job_sha256:
-            made_by = Job.read(store.folder)
+            made_by = TokenizeJob.read(store.folder)
             differing = differences(made_by.model_dump(mode="json"), job.model_dump(mode="json"))
             raise StoreError(
                 f"code store {store.folder} was not made by this configuration. Differing: {'; '.join(differing)}. "

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mvar.durations import duration
+
 PROGRESS_EVERY_S = 5.0
 
 
 @dataclass
-class Progress:
+class TokenizeProgress:
     """A line every few seconds: shards, images, images per second, share of time the encoder was busy, time left.
 
     `total`: images that this task will make, None where it depends on the other tasks. The clock starts when images are
@@ -52,7 +54,7 @@ class Progress:
             self.said_s = time.monotonic()
             speed = self.images / self.seconds
             of = "" if self.total is None else f" of {self.total:,}"
-            left = "" if self.total is None else f"  left {clock((self.total - self.images) / speed)}"
+            left = "" if self.total is None else f"  left {duration((self.total - self.images) / speed)}"
             self.say(
                 f"{self.shards} shards, {self.images:,}{of} images  {speed:.1f} img/s  "
                 f"encoder busy {self.busy_share:.0%}{left}"
@@ -60,9 +62,3 @@ class Progress:
 
     def say(self, text: str) -> None:
         print(f"{self.title}: {text}", flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

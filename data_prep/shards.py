@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mvar.data.manifest import Quarantined, ShardInfo
 from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, TAR_BLOCK, codes_header
 from mvar.errors import StoreError
-from mvar.files.disk import sha256_of, write_file, writing
+from mvar.files.disk import problem_of_file, write_file, writing
 
 MTIME_S = 1_000_000_000
 """Modification time of every member: fixed, so that equal samples give equal bytes."""
@@ -114,10 +114,9 @@ def is_complete(folder: Path, name: str, job_sha256: str) -> bool:
             f"shard {folder / name}: made by another job (job {record.job_sha256[:12]}, this one is "
             f"{job_sha256[:12]}): another tokenizer, configuration or source. Give another store=..., or remove it."
         )
-    path = folder / name
     if record.name != name:  # A copy of another shard under this name.
         return False
-    return path.is_file() and path.stat().st_size == record.bytes and sha256_of(path) == record.sha256
+    return problem_of_file(folder / name, record.bytes, record.sha256) is None
 
 
 def read_shard(path: Path, views: int, tokens: int) -> ShardTable:

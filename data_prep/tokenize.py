@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from data_prep.calibrate import Calibration, calibrate, calibration_views, require_accepted
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
-from data_prep.encoder import Encoder, Launched
-from data_prep.job import Job, LastRun, ShardPlan, TokenizeConfig, open_source, pin, plan_job, quantizer_bytes
-from data_prep.progress import Progress, clock
+from data_prep.encoder import BatchEncoder, Launched
+from data_prep.job import LastRun, ShardPlan, TokenizeConfig, TokenizeJob, open_source, pin, plan_job, quantizer_bytes
+from data_prep.progress import TokenizeProgress
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
 from mvar.cli import run_command
 from mvar.data.manifest import Quarantined
+from mvar.durations import duration
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import remove_stale
 from mvar.images.pixels import DamagedImageError
@@ -65,7 +66,7 @@ def tokenize(
         raise ConfigError(f"--task {task} --tasks {tasks}: expected a task number from 0 to {tasks - 1}.")
     if skip_bad < 0:
         raise ConfigError(f"--skip-bad {skip_bad}: expected a number of images, from 0.")
-    encoder = Encoder.load(config)
+    encoder = BatchEncoder.load(config)
     source = open_source(config)
     quantizer = quantizer_bytes(encoder.vqvae)
     job = plan_job(config, source, encoder.vqvae, quantizer)
@@ -76,18 +77,20 @@ def tokenize(
     LastRun(tasks=tasks, skip_bad=skip_bad).write(config.store)
     remove_stale(config.store)
 
-    maker = ShardMaker(config, source, encoder, job, skip_bad, Progress(f"tokenize {task}/{tasks}", None))
+    maker = ShardMaker(config, source, encoder, job, skip_bad, TokenizeProgress(f"tokenize {task}/{tasks}", None))
     verified = make_claimed(maker, task, tasks) if claim else make_share(maker, job.shards()[task::tasks])
     progress = maker.progress
     progress.say(
         f"done: {progress.shards} shards written, {verified} verified, {progress.images:,} images in "
-        f"{clock(progress.seconds)}, encoder busy {progress.busy_share:.0%}. "
+        f"{duration(progress.seconds)}, encoder busy {progress.busy_share:.0%}. "
         f"When all tasks have ended: mvar finalize {config.store}"
     )
     return Outcome(progress.shards, verified, progress.images, progress.seconds, progress.busy_share)
 
 
-def accepted_calibration(config: TokenizeConfig, source: Source, encoder: Encoder, job: Job) -> Calibration:
+def accepted_calibration(
+    config: TokenizeConfig, source: Source, encoder: BatchEncoder, job: TokenizeJob
+) -> Calibration:
     """What this job's fast mode costs, measured by its first task. Raises ConfigError where that is not accepted."""
     calibration = Calibration.read(config.store, job.sha256)
     if calibration is None:
@@ -145,10 +148,10 @@ class ShardMaker:
 
     config: TokenizeConfig
     source: Source
-    encoder: Encoder
-    job: Job
+    encoder: BatchEncoder
+    job: TokenizeJob
     skip_bad: int
-    progress: Progress
+    progress: TokenizeProgress
     _plans: dict[str, ViewPlan] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from mvar.cli import run_command
 from mvar.data.manifest import ShardInfo, check_file
 from mvar.data.store import CODES_SUFFIX, LABEL_SUFFIX, CodeStore, Split
 from mvar.errors import MvarError, StoreError
-from mvar.files.disk import sha256_of
+from mvar.files.disk import sha256_of, write_text
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
 from mvar.randomness import permuted
 from mvar.settings import load
@@ -47,7 +47,8 @@ def verify(folder: Path) -> dict[str, int]:
     except MvarError as error:
         problems.append(str(error))
     if problems:
-        listed = "\n  ".join(problems[:20]) + f"\n  ... and {len(problems) - 20} more" * (len(problems) > 20)
+        shown = problems if len(problems) <= 20 else [*problems[:20], f"... and {len(problems) - 20} more"]
+        listed = "\n  ".join(shown)
         raise StoreError(
             f"code store {folder}: {len(problems)} problems:\n  {listed}\n"
             f"Run the tokenize command again (it re-makes damaged shards), then mvar finalize {folder}."
@@ -156,17 +157,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"code store {args.store}: whole; {figures['samples']:,} samples in {figures['shards']:,} shards")
     origin, tokenizer = None, args.tokenizer
     if args.config is not None or args.overrides:
-        given = [f"store={args.store}"] + [f"tokenizer={tokenizer}"] * (tokenizer is not None)
+        given = [f"store={args.store}", *([] if tokenizer is None else [f"tokenizer={tokenizer}"])]
         origin = Origin.open(CodeStore.open(args.store), load(TokenizeConfig, args.config, [*given, *args.overrides]))
         tokenizer = origin.config.tokenizer
         figures |= _reencode(origin, args.reencode)
     if tokenizer is not None:
         sheet = args.sheet or args.store.with_name(f"{args.store.resolve().name}-sheet.png")
         save_png(sheet, contact_sheet(args.store, tokenizer, args.samples, origin=origin))
-        first = "the original, then " * (origin is not None)
+        first = "" if origin is None else "the original, then "
         print(f"one sample a row, {first}pictures of scales 0..k: {sheet}")
     if args.json is not None:
-        args.json.write_text(json.dumps({"name": "verify", "figures": figures}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"name": "verify", "figures": figures}, indent=1) + "\n")
     return 0
 
 

@@ -1,19 +1,17 @@
 """mvar: train and run M-VAR (arXiv 2411.10433).
 
 `from mvar import MVAR, VQVAE, generate` is the library's whole face. Names load on first use, so `import mvar` alone
-needs neither torch nor DeepSpeed.
+needs neither torch nor DeepSpeed, and changes nothing of the program around it.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
+from mvar.omp import sleep_when_idle_in_own_commands
 from mvar.version import __version__
 
-# OpenMP reads this when torch is loaded. By default idle threads spin for milliseconds at every barrier, which makes
-# small tensors up to a hundred times slower as soon as anything else (another rank, image decoding) wants the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sleep_when_idle_in_own_commands()
 
 __all__ = ["MVAR", "VQVAE", "MvarError", "__version__", "generate"]
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from mvar.errors import MvarError
+from mvar.errors import EXIT_USER_ERROR, MvarError
+from mvar.omp import sleep_when_idle
 
 COMMANDS = {
     "train": ("mvar.train", "train the transformer on a code store"),
@@ -34,10 +35,15 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     try:
         return main(argv)
     except MvarError as error:
-        print(f"mvar: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return show_error(error)
     except KeyboardInterrupt:
         return 130
+
+
+def show_error(error: MvarError) -> int:
+    """One message on stderr; the exit code of a user's error."""
+    print(f"mvar: error: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args[0] not in COMMANDS:
         print(f"mvar: error: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR
+    sleep_when_idle()
     module = import_module(COMMANDS[args[0]][0])
     return run_command(module.main, args[1:])
 

@@ -10,6 +10,18 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 from mvar.settings import Fraction, Section
 
+AttentionBackend = Literal["auto", "sdpa", "varlen", "flash", "triton"]
+MambaBackend = Literal["auto", "torch", "mamba_ssm"]
+NormBackend = Literal["torch", "apex"]
+ActivationCheckpointing = Literal["off", "every", "selective"] | PositiveInt
+InitRecipe = Literal["fixed", "published"]
+Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
+Switch = Literal["auto", "on", "off"]
+ReaderKind = Literal["mmap", "ram", "staged"]
+PeakSetting = Literal["auto", "measure"] | PositiveFloat
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+WandbMode = Literal["offline", "online", "disabled"]
+
 
 class ModelConfig(Section):
     """The transformer (DESIGN §5). The defaults are the published 256 px model."""
@@ -25,17 +37,15 @@ class ModelConfig(Section):
     shared_conditioning: bool = Field(False, description="one class conditioning for all blocks (d36-s)")
     label_drop: Fraction = Field(0.1, description="share of labels replaced by 'no class', for guidance")
     drop_path: Fraction | None = Field(None, description="stochastic depth of the last block; default 0.1 x depth/24")
-    init: Literal["fixed", "published"] = Field("fixed", description="'published' repeats its two omissions")
+    init: InitRecipe = Field("fixed", description="'published' repeats its two omissions")
     init_gamma: NonNegativeFloat = Field(1e-3, description="scale of the residual gates at the start")
     init_head: NonNegativeFloat = Field(0.02, description="scale of the head's weight at the start")
     init_conditioning: NonNegativeFloat = Field(0.5, description="scale of the conditioning's weight at the start")
-    attention_backend: Literal["auto", "sdpa", "varlen", "flash", "triton"] = Field(
+    attention_backend: AttentionBackend = Field(
         "auto", description="kernels of the attention: torch's, torch's for packed sequences, flash-attn's, or our own"
     )
-    mamba_backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", description="kernels of Mamba-2")
-    norm_backend: Literal["torch", "apex"] = Field(
-        "torch", description="layer norms: torch's, or NVIDIA apex's fused one"
-    )
+    mamba_backend: MambaBackend = Field("auto", description="kernels of Mamba-2")
+    norm_backend: NormBackend = Field("torch", description="layer norms: torch's, or NVIDIA apex's fused one")
 
     @model_validator(mode="after")
     def _geometry(self) -> ModelConfig:
@@ -63,7 +73,7 @@ class DataConfig(Section):
 
     store: str = Field(description="folder of the code store (the one that holds manifest.json), or its URL")
     tokenizer: Path | None = Field(None, description="tokenizer file, to draw sample grids while training")
-    reader: Literal["mmap", "ram", "staged"] = Field(
+    reader: ReaderKind = Field(
         "mmap", description="map the shards, load them all first, or copy them to the node's disk and map them there"
     )
     stage: Path | None = Field(None, description="folder on the node's own disk, for reader=staged")
@@ -102,15 +112,13 @@ class EngineConfig(Section):
     """DeepSpeed and memory."""
 
     ds_config: Path = Field(Path("ds_configs/zero2.json"), description="DeepSpeed template; picks the ZeRO stage")
-    precision: Literal["bf16", "bf16_autocast", "fp16", "fp32"] = Field("bf16", description="arithmetic of the blocks")
+    precision: Precision = Field("bf16", description="arithmetic of the blocks")
     micro_batch: PositiveInt | None = Field(None, description="images a rank holds at once; default: global/world")
-    activation_checkpointing: Literal["off", "every", "selective"] | PositiveInt = Field(
+    activation_checkpointing: ActivationCheckpointing = Field(
         "off", description="recompute in the backward pass: every block, every n-th, or all but linear layers"
     )
-    tf32: Literal["auto", "on", "off"] = Field(
-        "auto", description="fp32 products on GPUs with 10 bits of each factor; auto: in 16-bit runs"
-    )
-    compile: Literal["auto", "on", "off"] = Field(
+    tf32: Switch = Field("auto", description="fp32 products on GPUs with 10 bits of each factor; auto: in 16-bit runs")
+    compile: Switch = Field(
         "auto", description="torch.compile of what is between matrix products; auto: on GPUs, on CPUs for large models"
     )
     deterministic: bool = Field(False, description="on GPUs too, two runs give the same bits; slower")
@@ -159,10 +167,10 @@ class TrackingConfig(Section):
     sample_every: NonNegativeInt = Field(0, description="steps between sample grids; 0: none")
     sample_classes: PositiveInt = Field(8, description="rows of a sample grid")
     sample_per_class: PositiveInt = Field(8, description="columns of a sample grid")
-    peak_tflops: Literal["auto", "measure"] | PositiveFloat = Field(
+    peak_tflops: PeakSetting = Field(
         "auto", description="of one GPU, for MFU: auto knows it by name; measure: torch.matmul at the start"
     )
-    wandb: Literal["offline", "online", "disabled"] = Field("offline", description="Weights & Biases")
+    wandb: WandbMode = Field("offline", description="Weights & Biases")
     wandb_project: str = Field("mvar", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events under the run folder")
 

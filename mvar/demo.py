@@ -28,6 +28,7 @@ from mvar import shipped
 from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.errors import MvarError
+from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_uint8
 from mvar.images.pixels import read_rgb
 from mvar.images.sources import ImageFolder
@@ -36,6 +37,7 @@ from mvar.report import draw_curves, read_metrics
 from mvar.schedule import Plan
 from mvar.settings import load
 from mvar.tokenizer.files import load_tokenizer
+from mvar.train_tokenizer import reconstructions
 
 RECIPES = shipped.ROOT / "recipes"
 RANKS = 2
@@ -155,9 +157,7 @@ def draw_reconstructions(demo: Demo, path: Path, pairs: int = 2 * GRID_COLUMNS) 
     tokenizer = load_tokenizer(demo.tokenizer).eval()
     with torch.no_grad():
         again = to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(originals))))
-    starts = range(0, pairs, GRID_COLUMNS)
-    rows = [picture for i in starts for source in (originals, again) for picture in source[i : i + GRID_COLUMNS]]
-    save_png(path, enlarge(grid(rows, GRID_COLUMNS), 2))
+    save_png(path, reconstructions(originals, again, GRID_COLUMNS))
 
 
 def draw_samples(demo: Demo, path: Path) -> None:
@@ -189,7 +189,7 @@ def write_report(demo: Demo, seconds: float) -> dict[str, Any]:
             "images": str(demo.images),
         },
     }
-    (demo.report / "metrics.json").write_text(json.dumps(payload, indent=1) + "\n")
+    write_text(demo.report / "metrics.json", json.dumps(payload, indent=1) + "\n")
     return figures
 
 

@@ -1,4 +1,10 @@
-"""The errors that a user can cause, and what the command line does with them."""
+"""The errors that a user can cause, and the exit codes of commands."""
+
+EXIT_FINISHED = 0
+EXIT_FAULT = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""Stopped on purpose, with a checkpoint saved: run the same command again."""
 
 
 class MvarError(Exception):
@@ -7,6 +13,10 @@ class MvarError(Exception):
 
 class ConfigError(MvarError):
     """A configuration that cannot be run."""
+
+
+class WriteError(MvarError):
+    """A file or folder that cannot be written: no room, no permission, or a disk that fails."""
 
 
 class StoreError(MvarError):

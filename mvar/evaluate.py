@@ -21,6 +21,7 @@ from mvar.cli import run_command
 from mvar.errors import ImageError, MvarError
 from mvar.evaluation.classifier import Classifier, fit, judge, load_classifier, save_classifier
 from mvar.evaluation.fidelity import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
+from mvar.files.disk import write_text
 from mvar.images.arrays import Bytes
 from mvar.images.sources import ImageFolder
 from mvar.images.views import RESIZE, centre_view
@@ -145,10 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = compare(classifier, samples, train, val)
     print(table(figures))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         context = {"size_px": args.size, "samples": str(args.samples), "images": str(args.images)}
         payload = {"name": "evaluate", "figures": figures, "goals": {}, "context": context}
-        args.json.write_text(json.dumps(payload, indent=1) + "\n")
+        write_text(args.json, json.dumps(payload, indent=1) + "\n")
     return 0
 
 

@@ -15,10 +15,9 @@ import argparse
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import MODEL_KEY, SHARD_INDEX, SINGLE_FILE, Weights, open_weights
 from mvar.cli import run_command
 from mvar.errors import CheckpointError, MvarError
-from mvar.files.disk import sync_folder
+from mvar.files.disk import cannot_write, synced, writing, writing_folder
 from mvar.model.transformer import MVAR
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +41,7 @@ def write_safetensors(
 ) -> list[Path]:
     """Write `weights` to a file, or to a folder of files of at most `shard_bytes` each, if one parameter fits in it.
 
-    Returns the files. A folder that holds an export is replaced. Raises CheckpointError.
+    Returns the files. A folder that holds an export is replaced. Raises CheckpointError, WriteError.
     """
     shards = _cut(weights, dtype, shard_bytes)
     if out.suffix == ".safetensors":
@@ -52,21 +51,21 @@ def write_safetensors(
                 f"--out {out}: the weights take {total / GB:.3g} GB, a file may have {shard_bytes / GB:g} (--shard-gb)."
                 f" Name a folder ({out.with_suffix('')}) for several files, or raise --shard-gb."
             )
-        with _replacing(out) as temporary:
-            _write_one(temporary, weights, shards[0], dtype)
+        with writing(out) as file:
+            _write_one(file, weights, shards[0], dtype)
         return [out]
     if out.exists() and not (out / SHARD_INDEX).is_file() and not (out / SINGLE_FILE).is_file():
         raise CheckpointError(f"--out {out}: exists and is no export. Give another name, or remove it.")
     names = [SINGLE_FILE]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    with _replacing(out) as temporary:
-        temporary.mkdir()
+    with writing_folder(out) as folder:
         for name, parameters in zip(names, shards, strict=True):
-            _write_one(temporary / name, weights, parameters, dtype)
+            with synced(folder / name) as file:
+                _write_one(file, weights, parameters, dtype)
         if len(shards) > 1:
-            _write_index(temporary / SHARD_INDEX, weights, dict(zip(names, shards, strict=True)), dtype)
-        sync_folder(temporary)
+            with synced(folder / SHARD_INDEX) as file:
+                file.write(_index(weights, dict(zip(names, shards, strict=True)), dtype))
     return [out / name for name in names]
 
 
@@ -88,10 +87,10 @@ def _cut(weights: Weights, dtype: torch.dtype, shard_bytes: int) -> list[list[st
     return shards
 
 
-def _write_one(path: Path, weights: Weights, names: list[str], dtype: torch.dtype) -> None:
+def _write_one(file: BinaryIO, weights: Weights, names: list[str], dtype: torch.dtype) -> None:
     layout = [(name, weights.shapes[name]) for name in names]
     metadata = {MODEL_KEY: weights.config.model_dump_json(), "format": "pt"}
-    write_tensors(path, layout, (_cast(weights, name, dtype) for name in names), metadata, dtype)
+    write_tensors(file, layout, (_cast(weights, name, dtype) for name in names), metadata, dtype)
 
 
 def _cast(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
@@ -103,33 +102,11 @@ def _cast(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
     return value.to(dtype)
 
 
-def _write_index(path: Path, weights: Weights, shards: Mapping[str, list[str]], dtype: torch.dtype) -> None:
+def _index(weights: Weights, shards: Mapping[str, list[str]], dtype: torch.dtype) -> bytes:
     total = sum(_bytes(shape, dtype) for shape in weights.shapes.values())
     places = {name: file for file, names in shards.items() for name in names}
     metadata = {"total_size": total, MODEL_KEY: weights.config.model_dump_json()}
-    with path.open("w", encoding="utf-8") as file:
-        json.dump({"metadata": metadata, "weight_map": places}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A temporary name for a file or folder that becomes `out` when the block ends, and vanishes when it raises."""
-    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            if out.is_dir():
-                os.rename(out, old)
-            os.replace(temporary, out)
-            sync_folder(out.parent)
-        finally:
-            for rest in (temporary, old):
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"--out {out}: cannot be written ({error}). Make room or give another place.") from None
+    return json.dumps({"metadata": metadata, "weight_map": places}, indent=1).encode()
 
 
 def export_published(out: Path, weights: Weights) -> None:
@@ -145,7 +122,7 @@ def export_published(out: Path, weights: Weights) -> None:
         model.load_state_dict(_staged(staged, weights), assign=True)
         write_published(out, published_state_dict(model))
     except OSError as error:
-        raise CheckpointError(f"--out {out}: cannot be written ({error}). Make room or give another place.") from None
+        raise cannot_write(out, error) from None
     finally:
         staged.unlink(missing_ok=True)
 
@@ -199,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shard_bytes = round(args.shard_gb * GB)
         files = write_safetensors(args.out, weights, dtype=DTYPES[args.dtype], shard_bytes=shard_bytes)
     size = sum(file.stat().st_size for file in files) / 2**20
-    print(f"wrote {args.out} ({len(files)} file{'s' * (len(files) > 1)}, {size:.1f} MiB)")
+    print(f"wrote {args.out} ({'1 file' if len(files) == 1 else f'{len(files)} files'}, {size:.1f} MiB)")
     return 0
 
 

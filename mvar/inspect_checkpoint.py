@@ -20,15 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.checkpoint.record import RECORD, Identity, Record, differences
+from mvar.checkpoint.record import RECORD, CheckpointRecord, Identity, differences
 from mvar.cli import run_command
 from mvar.config import ModelConfig, TrainConfig
+from mvar.durations import duration
 from mvar.errors import CheckpointError
-from mvar.files.disk import sha256_of
 from mvar.files.remote import is_url
-from mvar.run.names import folder_of, steps_in
+from mvar.run.names import folder_of, newest_step, steps_in
 from mvar.settings import load
-from mvar.status import duration
 
 EXIT_UNUSABLE = 1
 
@@ -76,7 +75,7 @@ class Inspection:
 def inspect(path: Path, *, digests: bool = True, config: TrainConfig | None = None) -> Inspection:
     """Read a checkpoint, or the newest of a run folder. Raises CheckpointError where its record cannot be read."""
     folder = _checkpoint_in(path)
-    record = Record.read(folder)
+    record = CheckpointRecord.read(folder)
     model, progress = ModelConfig.model_validate(record.model), record.progress
     found, skipped = (None, []) if config is None else _compare(record, model, config)
     return Inspection(
@@ -95,7 +94,10 @@ def inspect(path: Path, *, digests: bool = True, config: TrainConfig | None = No
         kinds=record.kinds,
         world_size=record.world_size,
         zero_stage=record.zero_stage,
-        files=[_state(folder, name, record, digests) for name in sorted(record.files)],
+        files=[
+            FileState(name, expected.bytes, expected.problem_of(folder / name, digest=digests))
+            for name, expected in sorted(record.files.items())
+        ],
         digests_checked=digests,
         versions=record.versions,
         differences=found,
@@ -107,27 +109,13 @@ def inspect(path: Path, *, digests: bool = True, config: TrainConfig | None = No
 def _checkpoint_in(path: Path) -> Path:
     if (path / RECORD).is_file():
         return path
-    checkpoints = path / "checkpoints"
-    if steps := steps_in(checkpoints):
-        return folder_of(checkpoints, steps[-1])
+    step = newest_step(path / "checkpoints")
+    if step is not None:
+        return folder_of(path / "checkpoints", step)
     raise CheckpointError(f"{path}: no checkpoint in it. Give a run folder, or a checkpoint's (it holds {RECORD}).")
 
 
-def _state(folder: Path, name: str, record: Record, digests: bool) -> FileState:
-    path, expected = folder / name, record.files[name]
-    problem = None
-    try:
-        size = path.stat().st_size
-        if size != expected.bytes:
-            problem = f"has {size:,} bytes"
-        elif digests and sha256_of(path) != expected.sha256:
-            problem = "its SHA-256 is another"
-    except OSError as error:
-        problem = str(error.strerror)
-    return FileState(name, expected.bytes, problem)
-
-
-def _compare(record: Record, saved: ModelConfig, config: TrainConfig) -> tuple[list[str], list[str]]:
+def _compare(record: CheckpointRecord, saved: ModelConfig, config: TrainConfig) -> tuple[list[str], list[str]]:
     """Differences, and what could not be compared: the code store where it cannot be looked at from here."""
     classes, store, skipped = config.model.num_classes, record.store, []
     manifest = Path(config.data.store) / "manifest.json"

@@ -10,7 +10,8 @@ Legend: N positions or samples (any shape), B samples of a batch, D blocks.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,9 +22,11 @@ I64 = NDArray[np.int64]
 BRANCHES = 3
 """Residual branches of a block: attention, Mamba-2, feed-forward."""
 
+GOLDEN = 0x9E3779B97F4A7C15
+"""What SplitMix64 moves its state by."""
 _ROUNDS = 12
 _MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+T = TypeVar("T")
 
 
 def hash64(seed: int, stream: str, *counters: ArrayLike) -> U64:
@@ -103,14 +106,24 @@ def _feistel(seed: int, epochs: U64, values: U64, bits: int) -> U64:
 
 def _step(state: U64, counter: U64) -> U64:
     # Arrays, never numpy scalars: those warn where 64-bit arithmetic wraps around.
-    moved: Any = np.atleast_1d(state) + np.atleast_1d(counter + np.uint64(1)) * np.uint64(_GOLDEN)
+    moved: Any = np.atleast_1d(state) + np.atleast_1d(counter + np.uint64(1)) * np.uint64(GOLDEN)
     return _mix(moved).reshape(np.broadcast_shapes(state.shape, counter.shape))
 
 
 def _mix(bits: U64) -> U64:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    return finalise(bits, lambda value, places: value >> np.uint64(places), np.uint64)
+
+
+def finalise(bits: T, shift_right: Callable[[T, int], Any], constant: Callable[[int], Any]) -> T:
+    """SplitMix64's finaliser on 64-bit integers of any library: each bit of the result depends on each of `bits`.
+
+    `shift_right` fills with zeros; `constant` makes what `bits` is multiplied by. Multiplying wraps around.
+    """
+    value: Any = bits
+    value = (value ^ shift_right(value, 30)) * constant(0xBF58476D1CE4E5B9)
+    value = (value ^ shift_right(value, 27)) * constant(0x94D049BB133111EB)
+    mixed: T = value ^ shift_right(value, 31)
+    return mixed
 
 
 def _as_u64(values: ArrayLike) -> U64:

@@ -15,15 +15,14 @@ import matplotlib.pyplot as plt
 
 from mvar.cli import run_command
 from mvar.errors import MvarError
+from mvar.files.json_lines import JsonRecord
 
-Record = dict[str, Any]
 
-
-def read_metrics(path: Path) -> list[Record]:
+def read_metrics(path: Path) -> list[JsonRecord]:
     """Records of a metrics.jsonl in order. A torn last line (a killed writer) is passed over. Raises MvarError."""
     if not path.is_file():
         raise MvarError(f"{path}: no such file. Give a run folder that has been trained in.")
-    records: list[Record] = []
+    records: list[JsonRecord] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -34,7 +33,7 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def draw_curves(records: list[Record], path: Path, title: str) -> None:
+def draw_curves(records: list[JsonRecord], path: Path, title: str) -> None:
     """Loss, accuracy, loss by scale and learning rate over images seen, as one PNG."""
     train = [record for record in records if record["kind"] == "train"]
     val = [record for record in records if record["kind"] == "val"]
@@ -65,7 +64,7 @@ def draw_curves(records: list[Record], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _draw_by_scale(axis: Any, records: list[Record], which: str) -> None:
+def _draw_by_scale(axis: Any, records: list[JsonRecord], which: str) -> None:
     scales = len(records[0]["loss_per_scale"])
     colours = plt.get_cmap("viridis")
     for scale in range(scales):
@@ -76,7 +75,7 @@ def _draw_by_scale(axis: Any, records: list[Record], which: str) -> None:
     axis.legend(ncols=2, fontsize="small")
 
 
-def _series(records: list[Record], key: str) -> tuple[list[float], list[float]]:
+def _series(records: list[JsonRecord], key: str) -> tuple[list[float], list[float]]:
     kept = [record for record in records if record.get(key) is not None]
     return [record["samples"] for record in kept], [record[key] for record in kept]
 

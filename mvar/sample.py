@@ -10,12 +10,11 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,13 +22,16 @@ from PIL import Image
 from torch import Tensor
 
 from mvar.cli import run_command
+from mvar.config import Precision
+from mvar.durations import duration
 from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
+from mvar.files.disk import remove_stale, write_text
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
 from mvar.model.kernels import fused
-from mvar.model.kernels.arithmetic import Arithmetic, Precision
+from mvar.model.kernels.arithmetic import Arithmetic
 from mvar.model.transformer import MVAR
 from mvar.sampling.graph import GraphedDrawing
-from mvar.sampling.sampler import check_geometry
+from mvar.sampling.sampler import DEFAULTS, SamplingOptions, check_geometry
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -48,12 +50,15 @@ class Settings:
     weights: str
     """Digest of the weights, as `fingerprint` makes it."""
     tokenizer: str
-    cfg: float
-    top_k: int
-    top_p: float
-    smooth: bool
+    options: SamplingOptions
     seed: int
     precision: str
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in sample.json."""
+        tree = dataclasses.asdict(self)
+        options: dict[str, Any] = tree.pop("options")
+        return tree | options
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,7 @@ class Painter:
             tokenizer,
             batch,
             self._decode,
-            cfg=settings.cfg,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            smooth=settings.smooth,
+            settings.options,
             graphed=graphed,
         )
 
@@ -154,14 +156,11 @@ def pick_precision(name: str, device: torch.device) -> Precision:
 def claim(out: Path, settings: Settings) -> None:
     """Note the settings in the folder, or compare with what is noted. Raises ConfigError where they differ."""
     path = out / RECORD
-    ours = dataclasses.asdict(settings)
+    ours = settings.record()
     try:
         theirs = json.loads(path.read_text())
     except FileNotFoundError:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f".{RECORD}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(ours, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(ours, indent=1) + "\n")
         return
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -174,14 +173,9 @@ def claim(out: Path, settings: Settings) -> None:
         )
 
 
-def remove_leftovers(out: Path, pictures: Sequence[Picture]) -> None:
-    """Temporary files of this task's pictures that a kill left behind."""
-    names = {f".{picture.path(out).name}." for picture in pictures}
-    for folder in {picture.path(out).parent for picture in pictures}:
-        if folder.is_dir():
-            for entry in os.scandir(folder):
-                if entry.name.endswith(".tmp") and any(entry.name.startswith(name) for name in names):
-                    os.unlink(entry.path)
+def is_written(path: Path) -> bool:
+    """Whether a picture is there. A crash of the machine can leave an empty file of its name."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def draw_all(painter: Painter, pictures: Sequence[Picture]) -> Iterator[tuple[Picture, Bytes]]:
@@ -193,7 +187,7 @@ def draw_all(painter: Painter, pictures: Sequence[Picture]) -> Iterator[tuple[Pi
         if now_s - said_s > PROGRESS_EVERY_S or done == len(pictures):
             rate = done / (now_s - began_s)
             left_s = (len(pictures) - done) / rate
-            print(f"sample: {done}/{len(pictures)} images   {rate:.3g} images/s   {left_s:.0f} s left", flush=True)
+            print(f"sample: {done}/{len(pictures)} images   {rate:.3g} images/s   {duration(left_s)} left", flush=True)
             said_s = now_s
 
 
@@ -208,7 +202,7 @@ def write_grid(
             continue
         assert out is not None
         file = picture.path(out)
-        if not file.is_file():
+        if not is_written(file):
             print(f"grid {path}: left to the task that ends last; {file} does not exist yet", flush=True)
             return
         try:
@@ -231,10 +225,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
     parser.add_argument("--classes", default="all", help="all, or numbers such as 0-9 or 1,5 (default all)")
     parser.add_argument("--per-class", type=int, default=8, help="images of each class (default 8)")
-    parser.add_argument("--cfg", type=float, default=1.5, help="guidance at the finest scale, 0: off (default 1.5)")
-    parser.add_argument("--top-k", type=int, default=900, help="likeliest words kept; 0: all, 1: greedy (default 900)")
-    parser.add_argument("--top-p", type=float, default=0.96, help="probability kept; 0 or 1: all (default 0.96)")
-    parser.add_argument("--smooth", action="store_true", help="feed mixtures of words: smoother, worse figures")
+    for flag, default, meaning in (
+        ("--cfg", DEFAULTS.cfg, "guidance at the finest scale, 0: off"),
+        ("--top-k", DEFAULTS.top_k, "likeliest codes kept; 0: all, 1: greedy"),
+        ("--top-p", DEFAULTS.top_p, "probability kept; 0 or 1: all"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, help=f"{meaning} (default {default})")
+    parser.add_argument("--smooth", action="store_true", help="feed mixtures of code vectors: smoother, worse figures")
     parser.add_argument("--seed", type=int, default=0, help="other seed, other images (default 0)")
     parser.add_argument("--batch", type=int, default=16, help="images drawn together (default 16)")
     parser.add_argument(
@@ -268,8 +265,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--task {args.task} --tasks {args.tasks}: expected a task number from 0 to {args.tasks - 1}."
         )
-    if args.top_k < 0 or not 0 <= args.top_p <= 1:
-        raise ConfigError(f"--top-k {args.top_k} --top-p {args.top_p}: expected at least 0, and 0 to 1.")
     if args.grid is not None and args.grid.suffix.lower() != ".png":
         raise ConfigError(f"--grid {args.grid}: must end in .png.")
 
@@ -277,6 +272,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     check_arguments(args)
+    options = SamplingOptions(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, smooth=args.smooth)
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer)
 
@@ -300,10 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(
         weights=fingerprint(state),
         tokenizer=fingerprint(tokenizer.state_dict()),
-        cfg=args.cfg,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        smooth=args.smooth,
+        options=options,
         seed=args.seed,
         precision=precision,
     )
@@ -321,11 +314,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = dict(draw_all(painter, mine))
     else:
         claim(args.out, settings)
-        remove_leftovers(args.out, mine)
-        waiting = [picture for picture in mine if not picture.path(args.out).is_file()]
+        for folder in {picture.path(args.out).parent for picture in mine}:
+            remove_stale(folder)
+        waiting = [picture for picture in mine if not is_written(picture.path(args.out))]
         print(f"sample: {len(mine)} images are this task's, {len(mine) - len(waiting)} of them exist", flush=True)
         for picture, pixels in draw_all(painter, waiting):
-            save_png(picture.path(args.out), pixels)
+            save_png(picture.path(args.out), pixels, sync=False)
     if args.grid is not None:
         write_grid(args.grid, pictures, drawn, None if args.no_images else args.out, args.per_class)
     return 0

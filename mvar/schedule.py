@@ -20,7 +20,7 @@ NO_DECAY_NAMES = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss", "
 
 
 @dataclass(frozen=True)
-class Stretch:
+class BatchPhase:
     """From step `step` on, when `samples` images had been seen, each step takes `global_batch` images."""
 
     step: int
@@ -29,7 +29,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class CurriculumPoint:
     """What a step learns from: the first `scales` scales, the loss of the finest of them times `newest_weight`."""
 
     scales: int
@@ -37,7 +37,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Progression:
+class Curriculum:
     """Progressive training (as in the published code's options): finer scales join one by one.
 
     The first `begin` scales until warm-up ends, all of `scales` from `share` of the run on, evenly between. A new
@@ -49,17 +49,17 @@ class Progression:
     share: float
     ramp_steps: float
 
-    def lesson(self, when: float, warmup_steps: int, total_steps: int) -> Lesson:
+    def at(self, when: float, warmup_steps: int, total_steps: int) -> CurriculumPoint:
         """At `when`, in steps."""
         missing = self.scales - self.begin
         span = total_steps * self.share - warmup_steps
         if not self.share or missing <= 0 or span <= 0:
-            return Lesson(self.scales)
+            return CurriculumPoint(self.scales)
         joined = min(max(round((when - warmup_steps) / span * missing), 0), missing)
         if not joined or joined == missing or not self.ramp_steps:
-            return Lesson(self.begin + joined)
+            return CurriculumPoint(self.begin + joined)
         since = when - (warmup_steps + (joined - 0.5) / missing * span)
-        return Lesson(self.begin + joined, min(max(since / self.ramp_steps, 0.01), 1.0))
+        return CurriculumPoint(self.begin + joined, min(max(since / self.ramp_steps, 0.01), 1.0))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Plan:
     the global batch is changed on the way, and the peak learning rate follows the batch.
     """
 
-    stretches: tuple[Stretch, ...]
+    phases: tuple[BatchPhase, ...]
     """The global batches of the run; the last one holds now."""
     total_samples: int
     total_steps: int
@@ -85,24 +85,24 @@ class Plan:
     schedule: str
     weight_decay: float
     weight_decay_end: float
-    progression: Progression
+    curriculum: Curriculum
 
     @classmethod
-    def of(cls, config: TrainConfig, images: int, stretches: tuple[Stretch, ...] = ()) -> Plan:
+    def of(cls, config: TrainConfig, images: int, phases: tuple[BatchPhase, ...] = ()) -> Plan:
         """The plan of `config` on a store of `images` training images. An epoch's remainder is never dropped.
 
-        `stretches`: the last one of `config.global_batch`; by default it holds from the beginning.
+        `phases`: the last one of `config.global_batch`; by default it holds from the beginning.
         """
         optim, batch = config.optim, config.global_batch
-        stretches = stretches or (Stretch(0, 0, batch),)
-        assert stretches[-1].global_batch == batch
+        phases = phases or (BatchPhase(0, 0, batch),)
+        assert phases[-1].global_batch == batch
         total_samples = math.ceil(Fraction(config.epochs) * images)
         total = max(1, math.ceil(total_samples / batch))
-        left = max(0, total_samples - stretches[-1].samples)
-        end = stretches[-1].step + math.ceil(left / batch)
+        left = max(0, total_samples - phases[-1].samples)
+        end = phases[-1].step + math.ceil(left / batch)
         warmup_epochs = config.epochs / 50 if optim.warmup_epochs is None else optim.warmup_epochs
         return cls(
-            stretches=stretches,
+            phases=phases,
             total_samples=total_samples,
             total_steps=total,
             last_step=min(end, config.max_steps or end),
@@ -114,7 +114,7 @@ class Plan:
             schedule=optim.schedule,
             weight_decay=optim.weight_decay,
             weight_decay_end=optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end,
-            progression=Progression(
+            curriculum=Curriculum(
                 scales=len(config.model.patch_nums),
                 begin=optim.progressive_scales,
                 share=optim.progressive,
@@ -124,7 +124,7 @@ class Plan:
 
     def samples(self, step: int) -> int:
         """Images seen after `step` optimizer steps."""
-        now = [stretch for stretch in self.stretches if stretch.step <= step][-1]
+        now = [phase for phase in self.phases if phase.step <= step][-1]
         return now.samples + (step - now.step) * now.global_batch
 
     def is_over(self, step: int, samples: int) -> bool:
@@ -141,13 +141,13 @@ class Plan:
         """Weight decay of `step` (0-based) for parameters that decay."""
         return weight_decay(self._position(step), self.total_steps, self.weight_decay, self.weight_decay_end)
 
-    def lesson(self, step: int) -> Lesson:
+    def curriculum_at(self, step: int) -> CurriculumPoint:
         """What `step` (0-based) learns from."""
-        return self.progression.lesson(self._position(step), self.warmup_steps, self.total_steps)
+        return self.curriculum.at(self._position(step), self.warmup_steps, self.total_steps)
 
     def _position(self, step: int) -> float:
         """Steps of the present global batch that the images seen before `step` would have made."""
-        return self.samples(step) / self.stretches[-1].global_batch
+        return self.samples(step) / self.phases[-1].global_batch
 
 
 def lr_share(step: float, total_steps: int, warmup_steps: int, start: float, final: float, kind: str) -> float:

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
@@ -87,6 +87,14 @@ def describe(section: type[Section], prefix: str = "") -> str:
         default = "required" if field.is_required() else f"default {_show(field.get_default())}"
         lines.append(f"  {dotted:36} {_type_name(field.annotation)}; {default}. {field.description or ''}".rstrip())
     return "\n".join(lines)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _is_group(annotation: Any) -> TypeGuard[type[Section]]:

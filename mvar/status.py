@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from mvar.cli import run_command
-from mvar.errors import MvarError
+from mvar.durations import duration
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, MvarError
 from mvar.run.claims import claim_path, living_holder
 from mvar.run.history import History, Start
-from mvar.run.names import CLAIM, folder_of, steps_in
+from mvar.run.names import CLAIM, folder_of, newest_step
 
 RECENT = 50
 """Steps over which loss and speed are averaged."""
@@ -55,7 +56,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Saved:
+class NewestCheckpoint:
     """The newest checkpoint."""
 
     step: int
@@ -104,7 +105,7 @@ class Status:
     """Whose process trains, if one does."""
     measured: Measured | None
     eta_s: float | None
-    saved: Saved | None
+    saved: NewestCheckpoint | None
     jobs: list[QueueJob]
     queue_problem: str | None
     """Why the queue is not known."""
@@ -150,7 +151,7 @@ def _state(run: Path, starts: Sequence[Start], holder: str | None) -> str:
         return "finished"
     if not starts:
         return "not training" if (run / "metrics.jsonl").is_file() else "not begun"
-    return {None: "killed", 0: "finished", 75: "stopped"}.get(starts[-1].code, "failed")
+    return {None: "killed", EXIT_FINISHED: "finished", EXIT_STOPPED: "stopped"}.get(starts[-1].code, "failed")
 
 
 def _last_sign(run: Path) -> float:
@@ -262,13 +263,13 @@ def useful_rank_seconds(path: Path) -> float:
     return total
 
 
-def newest_checkpoint(checkpoints: Path, now: float) -> Saved | None:
-    steps = steps_in(checkpoints)
-    if not steps:
+def newest_checkpoint(checkpoints: Path, now: float) -> NewestCheckpoint | None:
+    step = newest_step(checkpoints)
+    if step is None:
         return None
-    written = (folder_of(checkpoints, steps[-1]) / "checkpoint.json").stat().st_mtime
+    written = (folder_of(checkpoints, step) / "checkpoint.json").stat().st_mtime
     damaged = sum(".damaged" in entry.name for entry in checkpoints.iterdir())
-    return Saved(steps[-1], max(0.0, now - written), damaged)
+    return NewestCheckpoint(step, max(0.0, now - written), damaged)
 
 
 def queue_of(run: Path, known: set[str]) -> tuple[list[QueueJob], str | None]:
@@ -343,13 +344,6 @@ def _start_line(period: Period) -> str:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days} d " if days else "") + f"{hour}:{minute:02}:{second:02}"
 
 
 def to_json(status: Status) -> Mapping[str, Any]:

@@ -12,11 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +25,24 @@ from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.data.prefetch import Feed
 from mvar.data.stream import Batch, eval_batches
-from mvar.errors import ConfigError, MvarError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError
 from mvar.images.arrays import grid, save_png, to_uint8
 from mvar.run import world as worlds
+from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
 from mvar.run.history import History
 from mvar.run.launcher import detect, rank_hint
-from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
+from mvar.run.loop import Session, TrainingLoop, claim, due
+from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
-from mvar.run.world import RemoteError, World
-from mvar.sampling.sampler import generate
+from mvar.run.world import World
+from mvar.sampling.sampler import generate_codes
 from mvar.settings import describe, load
 from mvar.tokenizer.files import load_tokenizer
+from mvar.training.console import TransformerLines
 from mvar.training.determinism import make_deterministic
 from mvar.training.engine import Averages, Engine, StepResult
-from mvar.training.job import Job, prepare
+from mvar.training.job import TrainingJob, prepare
 from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
 from mvar.training.stability import DivergedError, Stability
@@ -58,7 +58,8 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.engine.watchdog_s))
         job = world.together(lambda: prepare(config, world.size, world.place.local_size))
-        ours = world.together(lambda: stack.enter_context(claim(run, config, world)))
+        takeover_s = config.checkpoint.takeover_s
+        ours = world.together(lambda: stack.enter_context(claim(run, takeover_s, world)))
         if from_scratch:
             world.together(lambda: run.set_aside() if world.is_main else None)
         finished = world.share(world.together(lambda: run.finished_at() if world.is_main else (-1, -1)))
@@ -67,6 +68,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
                 print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
             return EXIT_FINISHED
         stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
+        session = Session(run, world, watchdog, stops, ours, takeover_s)
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
         job, found = choose_checkpoint(run, job, world, change_batch=change_batch)
         watchdog.feed()
@@ -76,10 +78,9 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         done = begin(engine, run, job, world, found)
         history.going_on(done)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
-        started = Started(engine, run, world, history, stops, watchdog, ours, utilisation)
         for left in range(config.engine.max_rollbacks, -1, -1):
             try:
-                with training(started, job, done) as opened:
+                with training(session, job, engine, history, utilisation, done) as opened:
                     return opened.loop(done)
             except DivergedError as bad:
                 world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
@@ -87,81 +88,71 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         raise AssertionError("the last round returns or raises")
 
 
-@dataclass(frozen=True)
-class Started:
-    """What lasts from a process's start to its end."""
-
-    engine: Engine
-    run: RunFolder
-    world: World
-    history: History
-    stops: StopRequests
-    watchdog: Watchdog
-    ours: Callable[[], bool]
-    """Whether the run folder is still this job's."""
-    utilisation: Utilisation | None
-
-
 @contextmanager
-def training(started: Started, job: Job, done: int) -> Iterator[Training]:
+def training(
+    session: Session, job: TrainingJob, engine: Engine, history: History, utilisation: Utilisation | None, done: int
+) -> Iterator[TransformerTraining]:
     """Open what is needed to train from `done` steps on, and close it again."""
-    engine, world, config = started.engine, started.world, job.config
+    run, world, config = session.run, session.world, job.config
     with ExitStack() as stack:
-        tracker = stack.enter_context(open_tracker(started.run, job, world, done))
+        tracker = stack.enter_context(open_tracker(run, job, world, done))
         shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": config.global_batch}
         tracker.write("resume", done, **shape, last_step=job.plan.last_step)
         stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
         feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
         world.raise_together(feed.error)
-        saver = Saver(started.run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
-        stability = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas)
-        yield Training(**vars(started), job=job, tracker=tracker, saver=saver, feed=feed, stability=stability)
+        saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
+        yield TransformerTraining(session, feed, job, engine, history, utilisation, tracker, saver)
 
 
-@dataclass(frozen=True)
-class Training(Started):
-    """What the loop works with. Methods are called by all ranks together."""
+class TransformerTraining(TrainingLoop[Batch, StepResult]):
+    """What the loop does in a training of the transformer."""
 
-    job: Job
-    tracker: Tracker
-    saver: Saver
-    feed: Feed[Batch]
-    stability: Stability
+    def __init__(
+        self,
+        session: Session,
+        feed: Feed[Batch],
+        job: TrainingJob,
+        engine: Engine,
+        history: History,
+        utilisation: Utilisation | None,
+        tracker: Tracker,
+        saver: Saver,
+    ) -> None:
+        super().__init__(session, feed, job.plan.last_step, job.config.checkpoint.every_steps)
+        self.job, self.engine, self.history, self.utilisation = job, engine, history, utilisation
+        self.tracker, self.saver = tracker, saver
+        self.stability = Stability(job.config.engine.max_bad_steps, job.config.engine.spike_sigmas)
 
-    def loop(self, done: int) -> int:
-        """From `done` steps to the last one: batch -> step -> track -> maybe validate, draw, save, stop."""
-        tracking, last_step = self.job.config.tracking, self.job.plan.last_step
-        while done < last_step:
-            self.watchdog.feed()
-            watch = Stopwatch()
-            with watch.waiting():
-                batches = self.feed.take()
-            result = self.engine.step(done, batches, self.votes())
-            stop, lost, unreadable, written = result.votes
-            done += 1
-            ending = done == last_step
-            if lost:
-                self.world.raise_together(None if self.ours() else self.run.loss(self.job.config.checkpoint.takeover_s))
-            self.track(done, result, watch)
-            self.judge(done, result)
-            if written == self.world.size:
-                self.note(self.saver.settle())
-            validation_loss = None
-            if ending or due(done, tracking.validate_every):
-                validation_loss = self.validate(done)
-            if tracking.sample_every and (ending or due(done, tracking.sample_every)):
-                self.draw(done)
-            if ending or stop or unreadable or due(done, self.job.config.checkpoint.every_steps):
-                self.save(done, validation_loss, last=bool(ending or stop or unreadable))
-            if unreadable and not ending:
-                self.world.raise_together(self.feed.error)
-            if stop and not ending:
-                return self.stop(done)
-        if self.world.is_main:
-            self.run.finish(last_step, self.job.plan.samples(last_step))
-            print(f"finished after {last_step} steps: {self.run.path}", flush=True)
-        self.history.end(EXIT_FINISHED, last_step, "finished")
-        return EXIT_FINISHED
+    def step(self, done: int, batches: Sequence[Batch]) -> StepResult:
+        return self.engine.step(done, batches, self.session.votes(self.feed, written=self.saver.ended))
+
+    def record(self, done: int, result: StepResult, watch: Stopwatch) -> None:
+        """Raises DivergedError on all ranks."""
+        self.track(done, result, watch)
+        self.judge(done, result)
+        if result.votes.written == self.session.world.size:
+            self.note(self.saver.settle())
+
+    def look(self, done: int, *, ending: bool) -> float | None:
+        tracking = self.job.config.tracking
+        validation_loss = self.validate(done) if ending or due(done, tracking.validate_every) else None
+        if tracking.sample_every and (ending or due(done, tracking.sample_every)):
+            self.draw(done)
+        return validation_loss
+
+    def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
+        self.note(self.saver.save(self.engine.progress(done, validation_loss), last=last))
+
+    def finish(self, done: int) -> None:
+        run = self.session.run
+        if self.session.world.is_main:
+            run.finish(done, self.job.plan.samples(done))
+            print(f"finished after {done} steps: {run.path}", flush=True)
+        self.history.end(EXIT_FINISHED, done, "finished")
+
+    def stopped(self, done: int, reason: str) -> None:
+        self.history.end(EXIT_STOPPED, done, reason)
 
     def judge(self, done: int, result: StepResult) -> None:
         """Look at the step that was just done; note spikes. Raises DivergedError on all ranks."""
@@ -173,30 +164,14 @@ class Training(Started):
         if reason is not None and not result.skipped:
             self.tracker.write("spike", done, reason=reason, worst_samples=self.engine.worst_samples(WORST))
 
-    def votes(self) -> tuple[bool, ...]:
-        """What this rank has to tell the others, in the step's one sum."""
-        return self.stops.reason is not None, not self.ours(), self.feed.error is not None, self.saver.ended
-
-    def stop(self, done: int) -> int:
-        reason = self.stops.reason or "another rank was asked to"
-        if self.world.is_main:
-            print(f"stopped after step {done} ({reason}); run the same command to go on.", flush=True)
-            self.run.stop_file.unlink(missing_ok=True)
-        self.history.end(EXIT_STOPPED, done, reason)
-        return EXIT_STOPPED
-
-    def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
-        self.watchdog.feed()
-        self.note(self.saver.save(self.engine.progress(done, validation_loss), last=last))
-
     def note(self, attempts: list[Saved]) -> None:
         """Record checkpoints that came to their end, and remove those that are not to be kept."""
-        keep, folder = self.job.config.checkpoint, self.run.checkpoints
+        keep, folder = self.job.config.checkpoint, self.session.run.checkpoints
         for saved in attempts:
             if saved.error is not None:
                 self.tracker.write("not_saved", saved.step, error=saved.error)
                 continue
-            if self.world.is_main:
+            if self.session.world.is_main:
                 retain(folder, last=keep.keep_last, every=keep.keep_every, best=keep.keep_best)
             self.tracker.write("checkpoint", saved.step, seconds=saved.seconds, stall_s=saved.stall_s)
 
@@ -217,26 +192,26 @@ class Training(Started):
             imgs_per_s=imgs_per_s,
             step_s=step_s,
             wait_s=watch.waited_s,
-            memory_gib=memory_gib(self.world.device),
+            memory_gib=memory_gib(self.session.world.device),
             **{name: value for name, value in optional.items() if value},
         )
 
     def validate(self, done: int) -> float | None:
         """Loss and accuracy on the store's validation split, with no label dropped; None if it has none."""
-        self.watchdog.feed()
+        self.session.watchdog.feed()
         split, job = self.job.store.split("val"), self.job
         if not len(split):
             return None
         limit = job.config.tracking.validate_images
-        batches = eval_batches(split, limit, job.split.micro_batch, self.world.rank, self.world.size)
+        batches = eval_batches(split, limit, job.split.micro_batch, self.session.world.rank, self.session.world.size)
         found = self.engine.evaluate(batches)
         self.tracker.write("val", done, images=found.images, **losses_of(found))
         return found.loss
 
     def draw(self, done: int) -> None:
         """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes."""
-        self.watchdog.feed()
-        tracking, classes, world = self.job.config.tracking, self.job.model.num_classes, self.world
+        self.session.watchdog.feed()
+        tracking, classes, world = self.job.config.tracking, self.job.model.num_classes, self.session.world
         assert classes is not None and self.job.config.data.tokenizer is not None
         rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
         labels = rows.repeat(tracking.sample_per_class)
@@ -247,7 +222,7 @@ class Training(Started):
         with self.engine.drawing() as model:
             for chunk in np.array_split(mine, math.ceil(share / self.job.split.micro_batch)):
                 labels_B = torch.from_numpy(labels[chunk])
-                codes_BL = generate(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
+                codes_BL = generate_codes(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
                 parts.append(codes_BL.cpu())
         codes_NL = torch.cat(world.gather(torch.cat(parts)))[: len(labels)]
         name = f"samples/step-{done:09d}.png"
@@ -255,12 +230,8 @@ class Training(Started):
             tokenizer = load_tokenizer(self.job.config.data.tokenizer).eval().to(world.device)
             with torch.no_grad():
                 decoded = [to_uint8(tokenizer.decode(codes.to(world.device))) for codes in torch.split(codes_NL, 16)]
-            save_png(self.run.path / name, grid(np.concatenate(decoded), columns=tracking.sample_per_class))
+            save_png(self.session.run.path / name, grid(np.concatenate(decoded), columns=tracking.sample_per_class))
         self.tracker.write("sample", done, file=name)
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def losses_of(averages: Averages) -> dict[str, object]:
@@ -272,20 +243,15 @@ def losses_of(averages: Averages) -> dict[str, object]:
     }
 
 
-def claim(run: RunFolder, config: TrainConfig, world: World) -> AbstractContextManager[Callable[[], bool]]:
-    """Rank 0 claims the run folder for all ranks."""
-    return run.claimed(config.checkpoint.takeover_s) if world.is_main else nullcontext(lambda: True)
-
-
-def open_tracker(run: RunFolder, job: Job, world: World, done: int) -> Tracker:
+def open_tracker(run: RunFolder, job: TrainingJob, world: World, done: int) -> Tracker:
     return Tracker(
         run.path,
         job.config.tracking,
         is_main=world.is_main,
         resumed_step=done,
-        last_step=job.plan.last_step,
         samples_at=job.plan.samples,
         settings=job.config.model_dump(mode="json"),
+        lines=TransformerLines(job.config.tracking.log_every, job.plan.last_step),
     )
 
 
@@ -312,39 +278,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    main_rank = rank_hint(os.environ) == 0
-    try:
-        config = load(TrainConfig, args.config, args.overrides + ["checkpoint.trust_sizes=true"] * args.trust_sizes)
+
+    def prepare_or_rehearse() -> TrainConfig | None:
+        overrides = [*args.overrides, "checkpoint.trust_sizes=true"] if args.trust_sizes else args.overrides
+        config = load(TrainConfig, args.config, overrides)
         if config.engine.deterministic:
             make_deterministic(os.environ)
         if args.pretend_world is not None and (not args.dry_run or args.pretend_world < 1):
             raise ConfigError("--pretend-world: expected 1 or more ranks, together with --dry-run.")
-        if args.dry_run:
-            if main_rank:
-                from mvar.training.dry_run import dry_run
+        if not args.dry_run:
+            return config
+        if rank_hint(os.environ) == 0:
+            from mvar.training.dry_run import dry_run
 
-                ranks = args.pretend_world or detect(os.environ).size
-                dry_run(config, ranks, args.pretend_rank, pretended=args.pretend_world is not None)
-            return EXIT_FINISHED
-    except MvarError:
-        if main_rank:
-            raise
-        return 2  # The same on every rank; one message is enough.
-    world = worlds.start(os.environ, config.engine.threads)
-    try:
-        code = train(config, world, from_scratch=args.from_scratch, change_batch=args.change_batch)
-    except RemoteError as error:
-        code = 2 if error.expected else 1
-    except MvarError:
-        worlds.finish()
-        raise
-    except Exception:
-        # At once and without goodbyes: the other ranks learn of it when this one is gone.
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    worlds.finish()
-    return code
+            ranks = args.pretend_world or detect(os.environ).size
+            dry_run(config, ranks, args.pretend_rank, pretended=args.pretend_world is not None)
+        return None
+
+    return run_training(
+        prepare_or_rehearse,
+        lambda config: worlds.start(os.environ, config.engine.threads),
+        lambda config, world: train(config, world, from_scratch=args.from_scratch, change_batch=args.change_batch),
+    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ Exit codes: 0 finished, 2 wrong use, 75 stopped on purpose with the state saved,
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,25 +25,27 @@ import torch
 from mvar.cli import run_command
 from mvar.config import TrackingConfig
 from mvar.data.prefetch import Feed
-from mvar.errors import CheckpointError, MvarError
+from mvar.errors import EXIT_FINISHED, CheckpointError
+from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
 from mvar.images.sources import Source
 from mvar.run import world as worlds
+from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
-from mvar.run.launcher import rank_hint
-from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
+from mvar.run.loop import Session, TrainingLoop, Votes, claim, due
+from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
-from mvar.run.world import RemoteError, World, cores
+from mvar.run.world import World, cores
 from mvar.settings import describe, dump, load
-from mvar.tokenizer.files import save_tokenizer, sha256_of, write_atomically
+from mvar.tokenizer.files import save_tokenizer, sha256_of
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
-from mvar.tokenizer.training.console import Console
+from mvar.tokenizer.training.console import TokenizerLines
 from mvar.tokenizer.training.losses import LossTerm, absolute_error, codebook_error, commitment_error, squared_error
 from mvar.tokenizer.training.parallel import hand_round, part_of, require_equal, require_work_for_all
 from mvar.tokenizer.training.perceptual import Perceptual
 from mvar.tokenizer.training.pictures import Pictures, Pixels, centre_views
-from mvar.tokenizer.training.state import State, StateFile
+from mvar.tokenizer.training.state import StateFile, TokenizerTrainingState
 from mvar.tokenizer.training.trainer import Trainer
 
 GRID_COLUMNS = 8
@@ -90,8 +89,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         assert source is not None
         identity = world.share(world.together(lambda: identity_of(config, source) if world.is_main else None))
         assert identity is not None
-        claim = run.claimed(config.takeover_s) if world.is_main else nullcontext(lambda: True)
-        ours = world.together(lambda: stack.enter_context(claim))
+        ours = world.together(lambda: stack.enter_context(claim(run, config.takeover_s, world)))
         states = StateFile(config.out)
         found = world.together(lambda: _saved(states, config, identity) if world.is_main else None)
         done = world.share(found.step if found is not None else 0)
@@ -101,6 +99,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
                 print(f"already finished: {result}")
             return EXIT_FINISHED
         stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s))
+        session = Session(run, world, watchdog, stops, ours, config.takeover_s)
         threads = config.threads or max(1, cores() // world.place.local_size)
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
@@ -110,17 +109,24 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         if done:
             trainer.restore(hand_round(world, None if found is None else found.tensors), done)
         del found
-        size, part = config.geometry.image_size, part_of(config.batch, world)
-        more: dict[str, Any] = {"part": part, "ram_gib": config.ram_gib, "workers": threads}
-        pictures = Pictures(source, size, config.resize, config.batch, config.seed, **more)
+        pictures = Pictures(
+            source,
+            config.geometry.image_size,
+            config.resize,
+            config.batch,
+            config.seed,
+            part=part_of(config.batch, world),
+            ram_gib=config.ram_gib,
+            workers=threads,
+        )
         if world.is_main:
-            write_atomically(run.config, dump(config).encode())
+            write_text(run.config, dump(config))
             print(f"resuming after step {done}" if done else "beginning", flush=True)
             _announce(config, source, held_out, trainer, pictures.steps_per_epoch)
         tracker = stack.enter_context(_tracker(config, world, done))
         feed = Feed(stack.enter_context(closing(pictures.batches(done, config.steps))), 1)
-        lasting = (config, world, run, states, identity, trainer, held_out, tracker, feed, stops, watchdog, ours)
-        return Training(*lasting).loop()
+        kept = Kept(states, identity)
+        return TokenizerTraining(session, feed, config, trainer, held_out, kept, tracker).loop(done)
 
 
 @dataclass(frozen=True)
@@ -156,118 +162,96 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What the loop works with. Methods are called by all ranks together."""
+class Kept:
+    """Where the training's states are kept, and what may not change between two of them."""
 
-    config: TokenizerTrainConfig
-    world: World
-    run: RunFolder
     states: StateFile
     identity: dict[str, Any]
-    trainer: Trainer
-    held_out: HeldOut
-    tracker: Tracker
-    feed: Feed[Pixels]
-    stops: StopRequests
-    watchdog: Watchdog
-    ours: Callable[[], bool]
-    """Whether the folder is still this job's."""
 
-    def loop(self) -> int:
-        """From the steps that are done to the last one: batch -> step -> track -> maybe judge, save, stop."""
-        config, trainer = self.config, self.trainer
-        while trainer.step_number < config.steps:
-            self.watchdog.feed()
-            watch = Stopwatch()
-            with watch.waiting():
-                (pixels,) = self.feed.take()
-            measured = trainer.step(pixels)
-            step = trainer.step_number
-            ending = step == config.steps
-            if due(step, config.log_every) or ending:
-                self.tracker.write("train", step, **measured, **self.speed(watch))
-            stop, lost, unreadable = self.voted()
-            if lost:
-                self.world.raise_together(None if self.ours() else self.run.loss(self.config.takeover_s))
-            if due(step, config.validate_every) or ending:
-                self.judge(step)
-            if due(step, config.save_every) or ending or stop or (unreadable and not ending):
-                self.save()
-            if unreadable and not ending:
-                self.world.raise_together(self.feed.error)
-            if stop and not ending:
-                return self.stop()
-        self.world.together(lambda: self.finish() if self.world.is_main else None)
-        return EXIT_FINISHED
 
-    def speed(self, watch: Stopwatch) -> dict[str, float]:
-        seconds = watch.seconds()
-        return {"imgs_per_s": self.config.batch / seconds, "wait_share": watch.waited_s / seconds}
+@dataclass(frozen=True)
+class TokenizerStep:
+    """One step, as all ranks know it."""
 
-    def voted(self) -> list[int]:
-        """How many ranks were asked to stop, lost the folder, cannot read the next step's pictures."""
-        own = [self.stops.reason is not None, not self.ours(), self.feed.error is not None]
-        return [int(votes) for votes in self.world.sum(torch.tensor(own, dtype=torch.float64))]
+    measured: dict[str, float]
+    votes: Votes
 
-    def judge(self, step: int) -> None:
+
+class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep]):
+    """What the loop does in a training of a tokenizer."""
+
+    def __init__(
+        self,
+        session: Session,
+        feed: Feed[Pixels],
+        config: TokenizerTrainConfig,
+        trainer: Trainer,
+        held_out: HeldOut,
+        kept: Kept,
+        tracker: Tracker,
+    ) -> None:
+        super().__init__(session, feed, config.steps, config.save_every)
+        self.config, self.trainer, self.held_out = config, trainer, held_out
+        self.kept, self.tracker = kept, tracker
+        self.world, self.folder = session.world, session.run.path
+
+    def step(self, done: int, batches: Sequence[Pixels]) -> TokenizerStep:
+        (pixels,) = batches
+        measured = self.trainer.step(pixels)
+        own = torch.tensor(self.session.votes(self.feed).numbers(), dtype=torch.float64)
+        return TokenizerStep(measured, Votes(*map(int, self.world.sum(own))))
+
+    def record(self, done: int, result: TokenizerStep, watch: Stopwatch) -> None:
+        if due(done, self.config.log_every) or done == self.last_step:
+            seconds = watch.seconds()
+            speed = {"imgs_per_s": self.config.batch / seconds, "wait_share": watch.waited_s / seconds}
+            self.tracker.write("train", done, **result.measured, **speed)
+
+    def look(self, done: int, *, ending: bool) -> float | None:
         """Quality on held-out pictures, and some of them to look at."""
-        self.watchdog.feed()
-        self.tracker.write("val", step, **asdict(self.trainer.quality(self.held_out.own)))
-        name = f"{self.run.samples.name}/step-{step:09d}.png"
-        self.world.together(lambda: self.draw(self.run.path / name) if self.world.is_main else None)
-        self.tracker.write("sample", step, file=name)
-        self.watchdog.feed()
+        if not ending and not due(done, self.config.validate_every):
+            return None
+        self.session.watchdog.feed()
+        quality = self.trainer.quality(self.held_out.own)
+        self.tracker.write("val", done, **asdict(quality))
+        name = f"{self.session.run.samples.name}/step-{done:09d}.png"
+        self.world.together(lambda: self.draw(self.folder / name) if self.world.is_main else None)
+        self.tracker.write("sample", done, file=name)
+        self.session.watchdog.feed()
+        return quality.l1
 
     def draw(self, path: Path) -> None:
         """A PNG with rows of originals, each above the row of what the tokenizer makes of them."""
-        save_png(path, reconstructions(self.held_out.drawn, to_uint8(self.trainer.rebuild(self.held_out.drawn)[0])))
+        save_png(path, reconstructions(self.held_out.drawn, to_uint8(self.trainer.reconstruct(self.held_out.drawn)[0])))
 
-    def save(self) -> None:
-        """Write the state. Raises CheckpointError, TrainingError (RemoteError on other ranks)."""
-        self.watchdog.feed()
+    def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
+        """Write the state. Raises WriteError, TrainingError (RemoteError on other ranks)."""
         weights = [*self.trainer.parameters.values(), *self.trainer.vqvae.buffers()]
-        require_equal(self.world, weights, f"tokenizer training, step {self.trainer.step_number}")
-        self.world.together(lambda: self.write() if self.world.is_main else None)
-        self.watchdog.feed()
+        require_equal(self.world, weights, f"tokenizer training, step {done}")
+        self.world.together(lambda: self.write(done) if self.world.is_main else None)
+        self.session.watchdog.feed()
 
-    def write(self) -> None:
-        try:
-            self.tracker.sync()  # A state must not be newer than its records.
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.run.metrics}: cannot be written ({error.strerror}). Free some space; the state saved before is"
-                " whole, and the same command goes on from it."
-            ) from None
-        self.states.write(State(self.trainer.step_number, self.trainer.tensors(), self.identity))
+    def write(self, done: int) -> None:
+        self.tracker.sync()  # A state must not be newer than its records.
+        self.kept.states.write(TokenizerTrainingState(done, self.trainer.tensors(), self.kept.identity))
 
-    def stop(self) -> int:
-        reason = self.stops.reason or "another rank was asked to"
-        if self.world.is_main:
-            print(
-                f"stopped after step {self.trainer.step_number} ({reason}); run the same command to go on.", flush=True
-            )
-            self.run.stop_file.unlink(missing_ok=True)
-        return EXIT_STOPPED
+    def finish(self, done: int) -> None:
+        self.world.together(lambda: self.publish() if self.world.is_main else None)
 
-    def finish(self) -> None:
-        """Write what users want."""
-        self.draw(self.run.path / "reconstructions.png")
-        result = self.run.path / "tokenizer.safetensors"
+    def publish(self) -> None:
+        self.draw(self.folder / "reconstructions.png")
+        result = self.folder / "tokenizer.safetensors"
         save_tokenizer(result, self.trainer.result)
         print(f"wrote {result}", flush=True)
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def reconstructions(originals_NHWC: Pixels, rebuilt_NHWC: Pixels) -> Pixels:
-    """One picture with rows of originals, each above the row of the rebuilt ones."""
-    columns = min(GRID_COLUMNS, len(originals_NHWC))
+def reconstructions(originals_NHWC: Pixels, reconstructed_NHWC: Pixels, columns: int = GRID_COLUMNS) -> Pixels:
+    """One picture with rows of originals, each above the row of the reconstructed ones."""
+    columns = min(columns, len(originals_NHWC))
     rows = [
         picture
         for start in range(0, len(originals_NHWC), columns)
-        for pictures in (originals_NHWC, rebuilt_NHWC)
+        for pictures in (originals_NHWC, reconstructed_NHWC)
         for picture in pictures[start : start + columns]
     ]
     sheet = grid(rows, columns)
@@ -278,7 +262,7 @@ def _open(config: TokenizerTrainConfig) -> Source:
     return open_images(config.images, val_fraction=config.val_fraction, cache=config.images_cache)
 
 
-def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, Any]) -> State | None:
+def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, Any]) -> TokenizerTrainingState | None:
     """The state to go on from, None where a training may begin. Raises CheckpointError."""
     states.remove_leftovers()
     if states.exists():
@@ -304,10 +288,9 @@ def _tracker(config: TokenizerTrainConfig, world: World, done: int) -> Tracker:
         ),
         is_main=world.is_main,
         resumed_step=done,
-        last_step=config.steps,
         samples_at=lambda step: step * config.batch,
         settings=config.model_dump(mode="json"),
-        console=Console(done, config.steps),
+        lines=TokenizerLines(done, config.steps),
     )
 
 
@@ -341,34 +324,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, help="YAML file, such as recipes/tokenizer_32.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
     args = parser.parse_args(argv)
-    try:
-        config = load(TokenizerTrainConfig, args.config, args.settings)
-    except MvarError:
-        if rank_hint(os.environ) == 0:
-            raise
-        return 2  # The same on every rank; one message is enough.
-    world = worlds.join(device=config.device)
-    try:
-        code = train(config, world)
-    except RemoteError as error:
-        code = 2 if error.expected else 1
-    except MvarError:
-        worlds.finish()
-        raise
-    except Exception:
-        if world.size == 1:
-            raise
-        # At once and without goodbyes: the other ranks learn of it when this one is gone.
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    worlds.finish()
-    if world.size > 1:
-        # All is written and closed. The interpreter's own end now and then aborts in a thread of torch's.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return run_training(
+        lambda: load(TokenizerTrainConfig, args.config, args.settings),
+        lambda config: worlds.join(device=config.device),
+        train,
+    )
 
 
 if __name__ == "__main__":

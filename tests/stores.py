@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data_prep.finalize import finalize
-from data_prep.job import Job, SplitPlan, pin, quantizer_bytes
+from data_prep.job import SplitPlan, TokenizeJob, pin, quantizer_bytes
 from data_prep.shards import shard_writer
 from mvar.data.manifest import QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.tokenizer.files import save_tokenizer
@@ -77,7 +77,7 @@ def synthetic_store(
     vqvae = vqvae or tiny_vqvae()
     quantizer = quantizer_bytes(vqvae)
     tokens = sum(side * side for side in vqvae.patch_nums)
-    job = Job(
+    job = TokenizeJob(
         tokenizer=TokenizerInfo(sha256="0" * 64, geometry=vqvae.geometry),
         quantizer=FileInfo(name=QUANTIZER, bytes=len(quantizer), sha256=hashlib.sha256(quantizer).hexdigest()),
         source=SourceInfo(kind="synthetic", images=train + val, bytes=0, sha256="0" * 64),

@@ -98,5 +98,5 @@ def train_some(world: World, backbone: str, steps: int, threads: int = 1, **chan
     measured = [trainer.step(some_pixels(config.batch, seed)[part.start : part.stop]) for seed in range(steps)]
     own = part_of(5, world)
     quality = trainer.quality(some_pixels(5, 99)[own.start : own.stop])
-    rebuilt_NCHW = trainer.rebuild(some_pixels(5, 99))[0]
-    return {"measured": measured, "quality": vars(quality), "rebuilt": rebuilt_NCHW.flatten().tolist()}
+    reconstructed_NCHW = trainer.reconstruct(some_pixels(5, 99))[0]
+    return {"measured": measured, "quality": vars(quality), "reconstructed": reconstructed_NCHW.flatten().tolist()}

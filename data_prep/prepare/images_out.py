@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mvar.files.disk import writing
+
 
 def write_png(path: Path, image: Image.Image) -> bool:
     """Write a PNG unless it is there; False if it was. It appears under its name only when it is complete."""
-    if path.exists():
+    if path.exists() and path.stat().st_size:  # A crash of the machine can leave it empty.
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with writing(path, sync=False) as file:
+        image.save(file, format="PNG")
     return True
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mvar.checkpoint.record import Record
+from mvar.checkpoint.record import CheckpointRecord
 from mvar.errors import CheckpointError
-from mvar.files.disk import discard_folder, sha256_of
+from mvar.files.disk import discard_folder
 from mvar.run.names import folder_of, steps_in
 from mvar.run.world import World
 
@@ -19,17 +20,11 @@ def verify(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1
 
     Raises CheckpointError that names the file.
     """
-    record = Record.read(folder)
+    record = CheckpointRecord.read(folder)
     for name in sorted(record.files)[share[0] :: share[1]]:
-        path, expected = folder / name, record.files[name]
-        try:
-            size = path.stat().st_size
-            if size != expected.bytes:
-                raise CheckpointError(f"{path}: {size} bytes, expected {expected.bytes}.")
-            if digests and sha256_of(path) != expected.sha256:
-                raise CheckpointError(f"{path}: its SHA-256 differs from the one that was written.")
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+        problem = record.files[name].problem_of(folder / name, digest=digests)
+        if problem is not None:
+            raise CheckpointError(f"{folder / name}: {problem}.")
 
 
 def problem_of(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -40,20 +35,41 @@ def problem_of(folder: Path, *, digests: bool = True, share: tuple[int, int] = (
     return None
 
 
+def _warn(_: Path, problem: str) -> None:
+    print(f"mvar: WARNING: damaged checkpoint passed over: {problem}", file=sys.stderr)
+
+
 def choose(checkpoints: Path, world: World, *, trust_sizes: bool = False) -> Path | None:
     """The newest checkpoint that verifies, the same for all ranks; None if there is none. Ranks share the reading.
 
     A damaged one is set aside as `step-....damaged` with a loud line.
     """
-    for step in reversed(world.share(steps_in(checkpoints))):
-        folder = folder_of(checkpoints, step)
+
+    def problem(folder: Path) -> str | None:
         mine = problem_of(folder, digests=not trust_sizes, share=(world.rank, world.size))
-        problems = [problem for problem in world.gather(mine) if problem]
-        if not problems:
-            return folder
+        return next((text for text in world.gather(mine) if text), None)
+
+    def damaged(folder: Path, text: str) -> None:
         if world.is_main:
             aside = _set_aside(folder, "damaged")
-            print(f"mvar: WARNING: damaged checkpoint set aside as {aside.name}: {problems[0]}", file=sys.stderr)
+            print(f"mvar: WARNING: damaged checkpoint set aside as {aside.name}: {text}", file=sys.stderr)
+
+    return newest_good(checkpoints, world.share(steps_in(checkpoints)), problem, damaged)
+
+
+def newest_good(
+    checkpoints: Path,
+    steps: Sequence[int],
+    problem: Callable[[Path], str | None] = problem_of,
+    damaged: Callable[[Path, str], None] = _warn,
+) -> Path | None:
+    """The newest checkpoint of `steps` (rising) without a `problem`; `damaged` is told of each newer one's."""
+    for step in reversed(steps):
+        folder = folder_of(checkpoints, step)
+        text = problem(folder)
+        if text is None:
+            return folder
+        damaged(folder, text)
     return None
 
 
@@ -100,7 +116,7 @@ def _best_of(checkpoints: Path, steps: list[int]) -> set[int]:
     losses: dict[int, float] = {}
     for step in steps:
         with contextlib.suppress(CheckpointError):
-            loss = Record.read(folder_of(checkpoints, step)).progress.validation_loss
+            loss = CheckpointRecord.read(folder_of(checkpoints, step)).progress.validation_loss
             if loss is not None:
                 losses[step] = loss
     return {min(losses, key=lambda step: (losses[step], step))} if losses else set()

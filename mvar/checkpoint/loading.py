@@ -11,17 +11,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvar.checkpoint.partition import WEIGHT, Partition, Piece
-from mvar.checkpoint.record import Progress, Record, key_of
+from mvar.checkpoint.record import CheckpointRecord, Progress, key_of
 from mvar.errors import CheckpointError
 from mvar.run.world import World
 
 
-class Reader:
+class CheckpointReader:
     """Any elements of any parameter of a checkpoint, from whatever files hold them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.record = Record.read(folder)
+        self.record = CheckpointRecord.read(folder)
         self._files: dict[str, Any] = {}
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
@@ -49,7 +49,7 @@ class Reader:
 
 def restore(folder: Path, partition: Partition, world: World) -> Progress:
     """Load weights, moments and AdamW's count; all ranks together. Raises CheckpointError if the model differs."""
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     _same_shapes(reader.record, partition.shapes, folder)
 
     def values(piece: Piece, kind: str) -> Tensor:
@@ -65,7 +65,7 @@ def restore(folder: Path, partition: Partition, world: World) -> Progress:
     return reader.record.progress
 
 
-def _same_shapes(record: Record, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _same_shapes(record: CheckpointRecord, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     for name in sorted(record.shapes.keys() | shapes.keys()):
         saved, here = record.shapes.get(name), shapes.get(name)
         if saved != here:

@@ -7,7 +7,6 @@ geometry, and nearly all of it stands in the shapes.
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from mvar.config import ModelConfig
 from mvar.errors import CheckpointError
+from mvar.files.disk import writing
 from mvar.model.transformer import MVAR
 
 _DERIVED = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.(zero_k_bias|patch_nums))$")
@@ -78,17 +78,9 @@ def _patch_nums(state: dict[str, Tensor], source: str) -> tuple[int, ...]:
 
 
 def write_published(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a published-layout dictionary as `.pth`: complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a published-layout dictionary as `.pth`: complete or absent. Raises WriteError."""
+    with writing(path) as file:
+        torch.save(state, file)
 
 
 def published_state_dict(model: MVAR) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from mvar.checkpoint.tensors import FileRecord
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
 from mvar.files.disk import tree_digest
-from mvar.schedule import Stretch
+from mvar.schedule import BatchPhase
 
 FORMAT_VERSION = 2
 RECORD = "checkpoint.json"
@@ -44,13 +44,14 @@ class Progress:
     skipped_steps: int = 0
     loss_scaler: dict[str, float] | None = None
     """fp16's dynamic loss scale."""
-    stretches: tuple[Stretch, ...] = ()
-    """The global batches of the run, one after the other; empty: that of the configuration from the beginning."""
+    stretches: tuple[BatchPhase, ...] = ()
+    """The global batches of the run, one after the other; empty: that of the configuration from the beginning. The name
+    is that of the files, since their first format."""
     validation_loss: float | None = None
     """Mean cross entropy of a validation after this very step, if there was one."""
 
 
-class Record(pydantic.BaseModel):
+class CheckpointRecord(pydantic.BaseModel):
     """checkpoint.json."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -80,7 +81,7 @@ class Record(pydantic.BaseModel):
         return json.dumps(tree | {"sha256": tree_digest(tree)}, indent=1)
 
     @classmethod
-    def read(cls, folder: Path) -> Record:
+    def read(cls, folder: Path) -> CheckpointRecord:
         """Raises CheckpointError, also for a record that was changed."""
         path = folder / RECORD
         try:
@@ -112,7 +113,7 @@ class Identity:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def differences(record: Record, identity: Identity, *, change_batch: bool = False) -> list[str]:
+def differences(record: CheckpointRecord, identity: Identity, *, change_batch: bool = False) -> list[str]:
     """What keeps `identity` from going on with a checkpoint: changed keys of model, order of data and batch.
 
     `change_batch`: another global batch is meant.
@@ -126,9 +127,9 @@ def differences(record: Record, identity: Identity, *, change_batch: bool = Fals
     return [f"{key}: was {saved[key]}, is {now[key]}" for key in now if saved[key] != now[key]]
 
 
-def require_same(folder: Path, identity: Identity, *, change_batch: bool = False) -> Record:
+def require_same(folder: Path, identity: Identity, *, change_batch: bool = False) -> CheckpointRecord:
     """The record of `folder`. Raises CheckpointError, with the keys, if `identity` is not the run that saved it."""
-    record = Record.read(folder)
+    record = CheckpointRecord.read(folder)
     changed = differences(record, identity, change_batch=change_batch)
     if changed:
         raise CheckpointError(

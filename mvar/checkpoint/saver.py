@@ -25,7 +25,7 @@ from mvar.checkpoint.partition import Partition
 from mvar.checkpoint.record import Identity, Progress
 from mvar.checkpoint.saving import Draft
 from mvar.config import CheckpointConfig
-from mvar.errors import CheckpointError
+from mvar.errors import CheckpointError, WriteError
 from mvar.run.world import RemoteError, World
 
 SNAPSHOT_SHARE = 0.5
@@ -67,7 +67,7 @@ class Saver:
         settings: CheckpointConfig,
         sync_records: Callable[[], None] = lambda: None,
     ) -> None:
-        """`sync_records`: called on rank 0 first; if it raises OSError, the save has failed."""
+        """`sync_records`: called on rank 0 first; if it raises WriteError, the save has failed."""
         self._checkpoints, self._partition, self._world, self._identity = checkpoints, partition, world, identity
         self._settings, self._sync_records = settings, sync_records
         self._buffer: Tensor | None = None
@@ -82,8 +82,8 @@ class Saver:
     def save(self, progress: Progress, *, last: bool = False) -> list[Saved]:
         """Take the checkpoint of `progress.step`; gives what came to its end during the call.
 
-        `last`: wait until it exists, as a run does before it ends. Raises CheckpointError (RemoteError on other ranks)
-        when saving fails, unless `checkpoint.on_failure` is `go_on` and this is not the last one.
+        `last`: wait until it exists, as a run does before it ends. Raises CheckpointError or WriteError (RemoteError on
+        other ranks) when saving fails, unless `checkpoint.on_failure` is `go_on` and this is not the last one.
         """
         began = time.perf_counter()
         settled = self.settle()
@@ -123,7 +123,7 @@ class Saver:
         """None, or what became of a save that failed on some rank: all ranks see it, and decide the same."""
         try:
             action()
-        except (CheckpointError, RemoteError) as error:
+        except (CheckpointError, WriteError, RemoteError) as error:
             flight.draft.abandon()
             expected = not isinstance(error, RemoteError) or error.expected
             if last or not expected or self._settings.on_failure == "stop":

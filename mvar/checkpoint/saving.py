@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from mvar.checkpoint.partition import WEIGHT, Partition, Piece
-from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, Identity, Progress, Record, key_of
+from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, CheckpointRecord, Identity, Progress, key_of
 from mvar.checkpoint.tensors import FileRecord, write_tensors
 from mvar.errors import CheckpointError
-from mvar.files.disk import discard_folder, sync_folder
+from mvar.files.disk import cannot_write, publish_folder, synced
 from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.settings import dump
@@ -48,11 +46,11 @@ class Draft:
         self._error: BaseException | None = None
 
     def begin(self, sync_records: Callable[[], None] = lambda: None) -> None:
-        """Make the temporary folder, if there is room for the checkpoint. Raises CheckpointError.
+        """Make the temporary folder, if there is room for the checkpoint. Raises CheckpointError, WriteError.
 
         `sync_records`: called on rank 0 before anything else, for what must not be older on disk than the checkpoint.
         """
-        self._world.raise_together(_attempt(lambda: self._prepare(sync_records)) if self._world.is_main else None)
+        self._world.raise_together(self._attempt(lambda: self._prepare(sync_records)) if self._world.is_main else None)
 
     def _prepare(self, sync_records: Callable[[], None]) -> None:
         sync_records()
@@ -68,27 +66,28 @@ class Draft:
 
     def write(self, values: Iterable[Tensor]) -> None:
         """Write this rank's part: `values` in the order of the partition's layout. `commit` tells of errors."""
-        self._error = _attempt(lambda: self._write(values))
+        self._error = self._attempt(lambda: self._write(values))
 
     def _write(self, values: Iterable[Tensor]) -> None:
         name = f"rank-{self._world.rank:05d}.safetensors"
         layout = self._partition.layout()
         shapes: list[tuple[str, tuple[int, ...]]] = [(key_of(p.name, kind), (p.count,)) for p, kind in layout]
-        record = write_tensors(self._temporary / name, shapes, values, {"step": str(self._progress.step)})
+        with synced(self._temporary / name) as file:
+            record = write_tensors(file, shapes, values, {"step": str(self._progress.step)})
         self._written = Part(name, record, [piece for piece, kind in layout if kind == WEIGHT])
 
     def commit(self) -> Path:
-        """Give the folder its name, once every rank has written. Raises CheckpointError."""
+        """Give the folder its name, once every rank has written. Raises WriteError."""
         self._world.raise_together(self._error)
         assert self._written is not None
         parts = self._world.gather(self._written)
-        self._world.raise_together(_attempt(lambda: self._publish(parts)) if self._world.is_main else None)
+        self._world.raise_together(self._attempt(lambda: self._publish(parts)) if self._world.is_main else None)
         return self.final
 
     def _publish(self, parts: list[Part]) -> None:
         files = {part.file: part.record for part in parts}
         files[CONFIG] = _write_synced(self._temporary / CONFIG, dump(self._identity.config))
-        record = Record(
+        record = CheckpointRecord(
             format_version=FORMAT_VERSION,
             progress=self._progress,
             config=self._identity.config.model_dump(mode="json"),
@@ -103,11 +102,18 @@ class Draft:
             versions=self._identity.versions,
         )
         _write_synced(self._temporary / RECORD, record.text())
-        sync_folder(self._temporary)
-        if self.final.exists():  # Saved before, damaged since, and therefore passed over when this run started.
-            discard_folder(self.final)
-        os.rename(self._temporary, self.final)
-        sync_folder(self.final.parent)
+        # One that has the name was saved before, is damaged since, and was passed over when this run started.
+        publish_folder(self._temporary, self.final)
+
+    def _attempt(self, action: Callable[[], object]) -> BaseException | None:
+        """Run `action`; the error, if any, instead of raising it. A full disk becomes a WriteError."""
+        try:
+            action()
+        except OSError as error:
+            return cannot_write(self.final, error)
+        except Exception as error:
+            return error
+        return None
 
     def abandon(self) -> None:
         if self._world.is_main:
@@ -129,17 +135,6 @@ def save(checkpoints: Path, partition: Partition, world: World, progress: Progre
         raise
 
 
-def _attempt(action: Any) -> BaseException | None:
-    """Run `action`; the error, if any, instead of raising it. A full disk becomes a CheckpointError."""
-    try:
-        action()
-    except OSError as error:
-        return CheckpointError(f"checkpoint cannot be written: {error}. Free space or move the run folder; run again.")
-    except Exception as error:
-        return error
-    return None
-
-
 def _merge(parts: list[Part]) -> dict[str, list[tuple[str, int, int]]]:
     merged: dict[str, list[tuple[str, int, int]]] = {}
     for part in parts:
@@ -150,8 +145,6 @@ def _merge(parts: list[Part]) -> dict[str, list[tuple[str, int, int]]]:
 
 def _write_synced(path: Path, text: str) -> FileRecord:
     data = text.encode()
-    with path.open("wb") as file:
+    with synced(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())

@@ -6,7 +6,6 @@ Everything is read by name, one parameter at a time, so memory need not hold a m
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvar.checkpoint.choosing import problem_of, verify
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.choosing import newest_good, problem_of, verify
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.partition import WEIGHT
 from mvar.checkpoint.record import RECORD
 from mvar.config import ModelConfig
@@ -95,16 +94,14 @@ def _checkpoint_in(path: Path, step: int | None, digests: bool) -> Path:
             raise CheckpointError(f"{path}: no checkpoint of step {step}; there are {steps or 'none'}.")
         verify(folder_of(checkpoints, step), digests=digests)
         return folder_of(checkpoints, step)
-    for candidate in reversed(steps):
-        problem = problem_of(folder_of(checkpoints, candidate), digests=digests)
-        if problem is None:
-            return folder_of(checkpoints, candidate)
-        print(f"mvar: WARNING: damaged checkpoint passed over: {problem}", file=sys.stderr)
+    found = newest_good(checkpoints, steps, lambda folder: problem_of(folder, digests=digests))
+    if found is not None:
+        return found
     raise CheckpointError(f"{path}: no usable checkpoint in it. Give a run folder, a checkpoint folder or a file.")
 
 
 def _of_checkpoint(folder: Path, kind: str) -> Weights:
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     record = reader.record
     if kind not in record.kinds:
         raise CheckpointError(f"{folder}: holds {', '.join(record.kinds)}, but not {kind!r}.")

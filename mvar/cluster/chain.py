@@ -32,31 +32,30 @@ from typing import Any
 from mvar.cli import run_command
 from mvar.cluster import snapshot
 from mvar.cluster.decisions import (
-    FINISHED,
-    STOPPED,
-    USER_ERROR,
+    NO_FAULTS,
     Attempt,
     Blame,
-    Job,
     Limits,
+    SlurmJob,
     blame,
     decide,
     expand,
     strikes,
 )
-from mvar.errors import ConfigError, MvarError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError, WriteError
 from mvar.files import json_lines
+from mvar.files.disk import place
 from mvar.run.history import History
-from mvar.run.names import steps_in
+from mvar.run.names import newest_step
 
 BEGIN = {"train": 0, "user error": 2, "leave": 90}
 """Exit codes of `begin`. leave: there is nothing to do for this job."""
 ANSWER_WITHIN_S = 30
 
 
-def newest_step(run: Path) -> int:
-    """Steps of the newest checkpoint, 0 without one. By name: verifying it is the training's."""
-    return max(steps_in(run / "checkpoints"), default=0)
+def newest_saved(run: Path) -> int:
+    """Steps of the newest checkpoint, 0 without one. Verifying it is the training's."""
+    return newest_step(run / "checkpoints") or 0
 
 
 class Logs:
@@ -75,18 +74,16 @@ class Logs:
         self.record = self.folder / "chain.jsonl"
         self.excluded = self.folder / "excluded-nodes"
 
-    def open(self, job: Job) -> None:
+    def open(self, job: SlurmJob) -> None:
         (self.folder / job.name).mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / ".latest.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(job.name)
-        temporary.replace(self.folder / "latest")
+        with contextlib.suppress(WriteError):  # It is a convenience.
+            place(self.folder / "latest", lambda link: link.symlink_to(job.name))
 
     def srun(self, job: str, restarts: int) -> str:
         path = self.folder / job / f"srun-{restarts}.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
-    def begin(self, job: Job, step: int) -> None:
+    def begin(self, job: SlurmJob, step: int) -> None:
         self._write("begin", job.name, job.restarts, chain=job.chain, nodes=job.nodes, step=step)
 
     def end(self, job: str, restarts: int, saved: int, code: int | None, action: str, blamed: Blame, why: str) -> None:
@@ -139,7 +136,7 @@ class Slurm:
             return None
         return done.stdout
 
-    def is_preempted(self, job: Job) -> bool:
+    def is_preempted(self, job: SlurmJob) -> bool:
         shown = self.call("scontrol", "-o", "show", "job", job.name) or ""
         return re.search(r"\bPreemptTime=\d", shown) is not None
 
@@ -156,11 +153,11 @@ class Slurm:
                 found[fields["NodeName"]] = f"{fields['NodeName']}: came up again at {up}"
         return Blame(tuple(found), tuple(found.values()))
 
-    def cancel_waiting(self, job: Job) -> None:
+    def cancel_waiting(self, job: SlurmJob) -> None:
         if job.is_array:
             self.call("scancel", "--state=PENDING", job.chain)
 
-    def requeue(self, job: Job, avoided: Sequence[str]) -> bool:
+    def requeue(self, job: SlurmJob, avoided: Sequence[str]) -> bool:
         """Start the job again, and neither it nor the rest of its chain on the nodes to avoid. It is killed soon."""
         if self.call("scontrol", "requeue", job.name) is None:
             return False
@@ -169,7 +166,7 @@ class Slurm:
             self.avoid_later(job, avoided)
         return True
 
-    def avoid_later(self, job: Job, avoided: Sequence[str]) -> None:
+    def avoid_later(self, job: SlurmJob, avoided: Sequence[str]) -> None:
         """The waiting tasks of the chain, too. Slurm answers with an error for each that does not wait."""
         if job.is_array and avoided:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -201,7 +198,7 @@ def close_lost(logs: Logs, slurm: Slurm, run: Path, limits: Limits) -> list[Atte
         said = blame(logs.srun(last.job, last.restarts), last.nodes, None)
         seen = slurm.restarted_since(last.nodes, last.time)
         blamed = Blame(tuple(sorted({*said.nodes, *seen.nodes})), said.evidence + seen.evidence)
-        logs.end(last.job, last.restarts, newest_step(run), None, "lost", blamed, "killed")
+        logs.end(last.job, last.restarts, newest_saved(run), None, "lost", blamed, "killed")
         say(
             f"the start before ({last.job}, restart {last.restarts}) was killed. {' | '.join(blamed.evidence)}".rstrip()
         )
@@ -210,7 +207,7 @@ def close_lost(logs: Logs, slurm: Slurm, run: Path, limits: Limits) -> list[Atte
     return attempts
 
 
-def begin(job: Job, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str]) -> int:
+def begin(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str]) -> int:
     """Before training: decide whether this job trains, and prepare its logs and the run's snapshot."""
     logs = Logs(run)
     attempts = close_lost(logs, slurm, run, limits)
@@ -223,7 +220,7 @@ def begin(job: Job, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str
         decision = decide(None, job, own, limits, preempted=False, reason="")
         if decision.action == "stop":
             say(decision.message)
-            step = newest_step(run)
+            step = newest_saved(run)
             logs.begin(job, step)
             logs.end(job.name, job.restarts, step, None, "stop", Blame(), "no progress")
             slurm.cancel_waiting(job)
@@ -241,34 +238,34 @@ def begin(job: Job, slurm: Slurm, limits: Limits, run: Path, words: Sequence[str
         slurm.cancel_waiting(job)
         return code
     logs.open(job)
-    step = newest_step(run)
+    step = newest_saved(run)
     logs.begin(job, step)
     say(f"job {job.name}, restart {job.restarts}, on {', '.join(job.nodes)}; newest checkpoint: step {step}.")
     return BEGIN["train"]
 
 
-def own_words(run: Path, job: Job, code: int) -> tuple[int, str]:
+def own_words(run: Path, job: SlurmJob, code: int) -> tuple[int, str]:
     """Exit code and reason of a start. What the training wrote at its end counts for more than what srun says: once the
     first rank ends with 75, srun kills those that are still on their way out, and reports that."""
     starts = History(run).starts()
     if not starts or (starts[-1].job, starts[-1].restarts) != (job.name, job.restarts):
         return code, ""
     said = starts[-1]
-    return said.code if said.code in (FINISHED, STOPPED) else code, said.reason
+    return said.code if said.code in (EXIT_FINISHED, EXIT_STOPPED) else code, said.reason
 
 
-def end(job: Job, slurm: Slurm, limits: Limits, run: Path, code: int) -> int:
+def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> int:
     """After training: write down what happened, decide, act. Returns the job's exit code."""
     logs = Logs(run)
     code, reason = own_words(run, job, code)
     evidence = blame(logs.srun(job.name, job.restarts), job.nodes, code)
-    step = newest_step(run)
+    step = newest_saved(run)
     outcome = {"saved": step, "code": code, "blamed": evidence.nodes}
     attempts = [Attempt(**(vars(a) | outcome)) if job.is_start(a) else a for a in logs.attempts()]
     own = [attempt for attempt in attempts if attempt.chain == job.chain]
     decision = decide(code, job, own, limits, preempted=slurm.is_preempted(job), reason=reason)
     logs.end(job.name, job.restarts, step, code, decision.action, evidence, reason)
-    if code not in (FINISHED, STOPPED, USER_ERROR):
+    if code not in NO_FAULTS:
         say(f"logs: {logs.folder / job.name}. {' | '.join(evidence.evidence)}".rstrip())
         exclude_repeaters(logs, attempts, limits, evidence)
     say(decision.message)
@@ -310,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     slurm, limits = Slurm(), Limits.of(os.environ)
-    job = Job.of(os.environ, expand(os.environ.get("SLURM_JOB_NODELIST", "")))
+    job = SlurmJob.of(os.environ, expand(os.environ.get("SLURM_JOB_NODELIST", "")))
     if what == ["begin"]:
         try:
             run, given = parse_begin(rest)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mvar.errors import ConfigError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
+from mvar.run.history import job_name
 
-FINISHED, STOPPED, USER_ERROR = 0, 75, 2
+NO_FAULTS = (EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR)
+"""Exit codes of a training that nothing went wrong with but its use."""
 Action = Literal["finished", "next", "requeue", "stop"]
 
 
@@ -34,7 +36,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """The Slurm job that this process is part of."""
 
     name: str
@@ -47,13 +49,14 @@ class Job:
     is_last: bool
 
     @classmethod
-    def of(cls, environ: Mapping[str, str], nodes: Sequence[str]) -> Job:
+    def of(cls, environ: Mapping[str, str], nodes: Sequence[str]) -> SlurmJob:
         """Raises ConfigError outside of a job."""
-        if "SLURM_JOB_ID" not in environ:
+        name = job_name(environ)
+        if name is None:
             raise ConfigError("no SLURM_JOB_ID in the environment: this command is for jobs, see slurm/train.sbatch.")
         array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
         return cls(
-            name=f"{array}_{task}" if array else environ["SLURM_JOB_ID"],
+            name=name,
             chain=array or environ["SLURM_JOB_ID"],
             restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
             nodes=tuple(nodes),
@@ -99,7 +102,7 @@ class Attempt:
     @property
     def fruitless(self) -> bool:
         """Whether it failed without a new checkpoint."""
-        return self.ended and self.code not in (FINISHED, STOPPED, USER_ERROR) and (self.saved or 0) <= self.step
+        return self.ended and self.code not in NO_FAULTS and (self.saved or 0) <= self.step
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,16 @@ class Decision:
 
 
 def decide(
-    code: int | None, job: Job, attempts: Sequence[Attempt], limits: Limits, *, preempted: bool, reason: str
+    code: int | None, job: SlurmJob, attempts: Sequence[Attempt], limits: Limits, *, preempted: bool, reason: str
 ) -> Decision:
     """What follows on a start of `job` that ended with `code` (None: killed). `attempts`: those of this chain, the
     one that ended included. `reason`: why `mvar train` stopped, in its words."""
     again = job.restarts < limits.restarts
-    if code == FINISHED:
+    if code == EXIT_FINISHED:
         return Decision("finished", "the run is finished; what is left of the chain is cancelled.", 0)
-    if code == USER_ERROR:
-        return Decision("stop", "wrong use (see above): the chain ends here. Mend it and submit again.", USER_ERROR)
-    if code == STOPPED:
+    if code == EXIT_USER_ERROR:
+        return Decision("stop", "wrong use (see above): the chain ends here. Mend it and submit again.", code)
+    if code == EXIT_STOPPED:
         if reason.endswith("STOP exists"):
             return Decision("stop", "stopped by the STOP file: the chain ends here. Submit again to go on.", 0)
         if preempted and again:
@@ -158,7 +161,7 @@ def blame(log: str, nodes: Sequence[str], code: int | None) -> Blame:
     A node that Slurm lost is. Else a task that died of a signal before srun began to end the others points at its node;
     one that failed with an exit code does so only if the tasks of other nodes did not fail alike: then the program is.
     """
-    if code in (FINISHED, STOPPED, USER_ERROR):
+    if code in NO_FAULTS:
         return Blame()
     lines = log.splitlines()
     found = [(expand(m["nodes"]), line) for line in lines if (m := NODE.search(line))]

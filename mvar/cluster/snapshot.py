@@ -40,9 +40,9 @@ from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.ds_config import find_template
 from mvar.errors import MvarError
-from mvar.files.disk import sha256_of, sync_folder, tree_digest
+from mvar.files.disk import sha256_of, sync_folder, synced, tree_digest
 from mvar.files.remote import is_url
-from mvar.settings import S, dump, load
+from mvar.settings import S, dump, flat, load
 
 SOURCE = shipped.CODE
 """The checkout (or the folder of installed packages) that this very code is read from."""
@@ -134,8 +134,8 @@ def drift(run: Path, record: Mapping[str, Any], config: TrainConfig | None) -> l
     if config is not None:
         run = Path(os.path.abspath(run))
         # As plain trees: what was kept need not be valid for this code.
-        kept = _flat(yaml.safe_load((run / NAME / CONFIG).read_text(encoding="utf-8")))
-        given = _flat(yaml.safe_load(dump(_pinned(config, run))))
+        kept = flat(yaml.safe_load((run / NAME / CONFIG).read_text(encoding="utf-8")))
+        given = flat(yaml.safe_load(dump(_pinned(config, run))))
         found += [
             f"{key}: {kept.get(key)} in the snapshot, {value} given"
             for key, value in given.items()
@@ -158,13 +158,6 @@ def _pinned(config: TrainConfig, run: Path) -> TrainConfig:
 def _absolute(section: S) -> S:
     paths = {name: value for name, value in section if isinstance(value, Path)}
     return section.model_copy(update={name: Path(os.path.abspath(path)) for name, path in paths.items()})
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _describe(folder: Path, run: Path, replaces: str | None) -> dict[str, Any]:
@@ -215,10 +208,8 @@ def _snapshot_files(folder: Path) -> Iterator[Path]:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with synced(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _rename_new(temporary: Path, final: Path) -> None:

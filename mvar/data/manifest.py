@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from mvar.errors import StoreError
-from mvar.files.disk import sha256_of
+from mvar.files.disk import problem_of_file
 from mvar.scales import ScalePyramid
 
 FORMAT = "mvar-code-store"
@@ -21,11 +20,11 @@ QUANTIZER = "quantizer.safetensors"
 JOB = "job.json"
 
 
-class _Record(pydantic.BaseModel):
+class _Frozen(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, protected_namespaces=())
 
 
-class FileInfo(_Record):
+class FileInfo(_Frozen):
     """A file of the store, as it has to be. Its name is a plain one: copies are written, and commands run, with it."""
 
     name: Annotated[str, pydantic.Field(pattern=r"^\w[\w.-]*$")]
@@ -37,28 +36,28 @@ class ShardInfo(FileInfo):
     samples: int
 
 
-class Quarantined(_Record):
+class Quarantined(_Frozen):
     """An image that is left out of its shard, because it is damaged."""
 
     key: str
     reason: str
 
 
-class SplitInfo(_Record):
+class SplitInfo(_Frozen):
     samples: int
     views: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     quarantine: tuple[Quarantined, ...] = ()
 
 
-class TokenizerInfo(_Record):
+class TokenizerInfo(_Frozen):
     """The tokenizer that made the codes: digest of its file, and what `VQVAE(**geometry)` needs."""
 
     sha256: str
     geometry: dict[str, Any]
 
 
-class SourceInfo(_Record):
+class SourceInfo(_Frozen):
     """What was tokenized: kind of source, and the fingerprint of its listing."""
 
     kind: str
@@ -67,7 +66,7 @@ class SourceInfo(_Record):
     sha256: str
 
 
-class Manifest(_Record):
+class Manifest(_Frozen):
     """Everything a reader has to know. Unknown keys are ignored, so that a later minor addition does no harm."""
 
     format: Literal["mvar-code-store"] = "mvar-code-store"
@@ -130,16 +129,12 @@ class Manifest(_Record):
 
 def check_file(folder: Path, info: FileInfo, *, digest: bool = True) -> None:
     """Raises StoreError unless the file exists, has its size and (with `digest`) its sha256."""
-    path = folder / info.name
-    mend = f"Run the tokenize command again (it re-makes what is damaged), then mvar finalize {folder}."
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise StoreError(f"{path}: missing from the store ({error.strerror}). {mend}") from None
-    if size != info.bytes:
-        raise StoreError(f"{path}: damaged, {size:,} bytes instead of {info.bytes:,}. {mend}")
-    if digest and sha256_of(path) != info.sha256:
-        raise StoreError(f"{path}: damaged, its sha256 is not the one in the manifest ({info.sha256[:12]}...). {mend}")
+    problem = problem_of_file(folder / info.name, info.bytes, info.sha256 if digest else None)
+    if problem is not None:
+        raise StoreError(
+            f"{folder / info.name}: {problem}. Run the tokenize command again (it re-makes what is damaged), then mvar"
+            f" finalize {folder}."
+        )
 
 
 def _explain_missing(folder: Path, error: OSError) -> str:

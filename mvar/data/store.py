@@ -18,13 +18,14 @@ import mmap
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import pydantic
 import torch
 from numpy.typing import NDArray
 
+from mvar.config import ReaderKind
 from mvar.data import staging
 from mvar.data.manifest import INDEX, QUANTIZER, Manifest, SplitInfo, check_file
 from mvar.errors import StoreError
@@ -38,7 +39,6 @@ TAR_BLOCK = 512
 
 I64 = NDArray[np.int64]
 U16 = NDArray[np.uint16]
-ReaderKind = Literal["mmap", "ram", "staged"]
 
 
 class CodeStore:

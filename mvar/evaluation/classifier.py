@@ -6,15 +6,15 @@ compare runs on the same data; they are not the FID of papers.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save
 from torch import Tensor, nn
 
 from mvar.errors import MvarError
+from mvar.files.disk import write_file
 from mvar.images.arrays import Bytes, from_uint8
 
 
@@ -76,10 +76,7 @@ def judge(model: Classifier, images_BHWC: Bytes, batch: int = 256) -> tuple[Tens
 
 def save_classifier(path: Path, model: Classifier) -> None:
     """Write weights as safetensors; the number of classes is the head's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_model(model, str(temporary))
-    os.replace(temporary, path)
+    write_file(path, save({name: value.contiguous() for name, value in model.state_dict().items()}))
 
 
 def load_classifier(path: Path, num_classes: int) -> Classifier:

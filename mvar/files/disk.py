@@ -1,11 +1,16 @@
-"""Files that are complete or absent: a temporary name, sync, rename, sync of the folder.
+"""The one writer: files and folders that are complete or absent, whatever kills the process or fills the disk.
 
-A temporary is locked while its writer lives, so that another process can tell a stale one from one in use.
+A file is written under a temporary name beside its own, synced, renamed, and the folder is synced, so that the rename
+outlives a crash of the machine, too. Whatever the operating system answers becomes a WriteError that names the path and
+says what to do; the temporary is gone then, and what had the name before still has it. Several processes may write one
+path at once: each has its own temporary, the last rename wins. A temporary is locked while its writer lives, so that
+another process can tell a stale one from one in use.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,57 +19,119 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mvar.errors import StoreError
+from mvar.errors import WriteError
 
 BLOCK_BYTES = 1 << 20
 """Read at once when a file is digested."""
 STALE_AFTER_S = 3600.0
 """Age at which a temporary of another host is stale, where locks may not reach from host to host."""
+_CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
+"""What file systems answer on which a folder cannot be synced: nothing more can be done there."""
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and vanishes when it raises. Raises StoreError.
+def writing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and vanishes when it raises. Raises WriteError.
 
-    Several processes may write the same path at once: each has its own temporary, the last rename wins.
+    Folders are made as needed. `sync=False` is for pictures by the thousand, which a command makes again: a crash of
+    the machine (not of the process) may leave the last of them empty.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file, temporary = create_temporary(path)
         try:
             with file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    sync_file(file)
+                else:
+                    file.flush()
                 os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror or error}). Make room or give a writable folder, "
-            "then run the same command again: what is complete is kept."
-        ) from None
+        raise cannot_write(path, error) from None
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a whole small file so that it is complete or absent. Raises StoreError."""
+    """Write a whole small file. Raises WriteError."""
     with writing(path) as file:
         file.write(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a whole small text as UTF-8. Raises WriteError."""
+    write_file(path, text.encode())
+
+
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the name `path` when the block ends, in place of a folder that had it, and vanishes when
+    it raises. What the block puts into it, it writes with `synced`. Raises WriteError."""
+    temporary = _temporary_name(path)
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            publish_folder(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+@contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """A binary file on disk when the block ends, for what lies in a folder that gets its name later. Raises OSError."""
+    with path.open("wb") as file:
+        yield file
+        sync_file(file)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Give a folder whose files are synced its name, in place of a folder that had it. Raises OSError."""
+    sync_folder(temporary)
+    trash = _trash_name(path)
+    if path.exists():
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(path, trash)
+    os.rename(temporary, path)
+    sync_folder(path.parent)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def place(path: Path, make: Callable[[Path], object]) -> None:
+    """Have a link made under a temporary name, and give it the name `path`. Raises WriteError."""
+    temporary = _temporary_name(path)
+    try:
+        make(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents. Raises StoreError."""
+    """Create a folder and its parents. Raises WriteError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"folder {path}: cannot be made ({error.strerror}). Give a writable place.") from None
+        raise WriteError(f"folder {path}: cannot be made ({error.strerror}). Give a writable place.") from None
+
+
+def cannot_write(path: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"{path}: cannot be written ({error.strerror or error}). Make room or give a writable folder, "
+        "then run the same command again: what is complete is kept."
+    )
 
 
 def remove_stale(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> int:
@@ -83,7 +150,7 @@ def remove_stale(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> int:
 def create_temporary(path: Path) -> tuple[BinaryIO, Path]:
     """A new file beside `path`, open and locked while this process lives."""
     while True:
-        temporary = path.with_name(f".{path.name}~{host_name()}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
+        temporary = _temporary_name(path)
         file = temporary.open("xb")
         with contextlib.suppress(OSError):  # File systems without locks: the age decides.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,6 +158,10 @@ def create_temporary(path: Path) -> tuple[BinaryIO, Path]:
             if os.stat(temporary).st_ino == os.fstat(file.fileno()).st_ino:
                 return file, temporary
         file.close()  # Somebody took it for stale between its creation and its lock.
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}~{host_name()}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
 
 
 def is_unlocked(path: Path) -> bool:
@@ -117,9 +188,29 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def problem_of_file(path: Path, size: int, sha256: str | None) -> str | None:
+    """Why a file is not the one of `size` bytes and this digest (None: not compared), in words; None if it is."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"damaged, {found:,} bytes instead of {size:,}"
+        if sha256 is not None and sha256_of(path) != sha256:
+            return f"damaged, its sha256 is not the one that it was written with ({sha256[:12]}...)"
+    except OSError as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        return f"{what} ({error.strerror})"
+    return None
+
+
 def tree_digest(tree: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON tree, whatever the order of its keys and its layout."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Put what was written so far on disk. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -127,13 +218,20 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
 
 
 def discard_folder(folder: Path) -> None:
-    """Remove a folder so that a kill half-way never leaves half of it under its name."""
-    trash = folder.with_name(f".trash-{folder.name}")
+    """Remove a folder so that a kill half-way never leaves half of it under its name. Raises OSError."""
+    trash = _trash_name(folder)
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
     shutil.rmtree(trash)
+
+
+def _trash_name(folder: Path) -> Path:
+    return folder.with_name(f".trash-{folder.name}")

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+JsonRecord = dict[str, Any]
+"""One line."""
+
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line; one that a kill tore before it is closed first, so that both stay apart. Raises OSError."""
@@ -15,10 +18,10 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         torn = size > 0 and file.read(1) != b"\n"
-        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[JsonRecord]:
     """All whole records, oldest first; none without the file."""
     if not path.is_file():
         return []

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvar.errors import StoreError
-from mvar.files.disk import make_folder, writing
-
-BLOCK_BYTES = 1 << 20
+from mvar.files.disk import BLOCK_BYTES, writing
 
 
 def is_url(text: str) -> bool:
@@ -19,11 +17,12 @@ def is_url(text: str) -> bool:
 
 
 def fetch(url: str, path: Path, *, sha256: str | None = None) -> None:
-    """Copy `url` (or a local path) to `path`; with `sha256` only what has this digest arrives. Raises StoreError.
+    """Copy `url` (or a local path) to `path`; with `sha256` only what has this digest arrives.
+
+    Raises StoreError, WriteError.
 
     A URL is trusted input: `pipe:` runs a shell command.
     """
-    make_folder(path.parent)
     digest = hashlib.sha256()
     with writing(path) as file:
         for block in _blocks(url):

@@ -5,7 +5,6 @@ Legend: B images, C channels, H height, W width, N images of a grid.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from mvar.files.disk import writing
 
 Bytes = NDArray[np.uint8]
 
@@ -37,12 +38,10 @@ def to_model_range(bytes_BHWC: Tensor) -> Tensor:
     return bytes_BHWC.permute(0, 3, 1, 2).float() / half - 1
 
 
-def save_png(path: Path, array_HWC: Bytes) -> None:
-    """Write uint8 (H, W, 3) as PNG: complete or absent, also after a kill. Folders are made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(array_HWC).save(temporary, format="PNG")
-    os.replace(temporary, path)
+def save_png(path: Path, array_HWC: Bytes, *, sync: bool = True) -> None:
+    """Write uint8 (H, W, 3) as PNG: complete or absent (`sync`: see `writing`). Raises WriteError."""
+    with writing(path, sync=sync) as file:
+        Image.fromarray(array_HWC).save(file, format="PNG")
 
 
 def grid(array_NHWC: Bytes | Sequence[Bytes], columns: int, gap: int = 2) -> Bytes:

@@ -11,18 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvar.config import AttentionBackend
 from mvar.errors import BackendError
 from mvar.model.kernels import fused
 from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import HALF, Linear, linear, no_autocast, wide
-
-AttentionBackend = Literal["auto", "sdpa", "varlen", "flash", "triton"]
 
 MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
@@ -103,28 +102,29 @@ class ScaleAttention(nn.Module):
 
 @lru_cache(maxsize=64)
 def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, head_width: int) -> Choice:
-    """The kernels for q, k and v of that kind: `auto` takes one call for all scales where it can, torch's own first.
+    """The kernels for q, k and v of that kind: `auto` takes one call for all scales where it can.
+
+    On Hopper our own come first: with q/k norm they took 1.4 ms where torch's took 2.3 (docs/gpu.md), and they repeat
+    bit for bit. Elsewhere torch's own come first.
 
     Raises BackendError where kernels are asked for by name that cannot take these tensors.
     """
     if backend == "sdpa":
         return Choice("sdpa")
     unfit = _unfit(dtype, device, head_width)
+    if backend == "triton":
+        unfit = unfit or _unfit_for_ours(device)
     if backend != "auto":
         if unfit:
             raise BackendError(
                 f"model.attention_backend={backend}: {unfit}. Use engine.precision=bf16 on a GPU, or"
                 " model.attention_backend=auto."
             )
-        if backend == "triton":
-            if torch.cuda.get_device_capability(device)[0] != 9:
-                raise BackendError(
-                    "model.attention_backend=triton: our kernels are made for compute capability 9 (Hopper), and"
-                    f" {device} has another. Use model.attention_backend=auto."
-                )
-        else:
+        if backend != "triton":
             _packed(backend)
         return Choice(backend)
+    if not unfit and not _unfit_for_ours(device) and not load(_triton).problem:
+        return Choice("triton")
     problems = [unfit] if unfit else []
     for name, importer in ({} if unfit else _PACKED).items():
         if not (problem := load(importer).problem):
@@ -145,6 +145,13 @@ def _unfit(dtype: torch.dtype, device: torch.device, head_width: int) -> str:
         )
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"kernels for packed sequences need compute capability 8.0, and {device} has less"
+    return ""
+
+
+def _unfit_for_ours(device: torch.device) -> str:
+    """Why our kernels are not for this GPU; empty if they are."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"our kernels are made for compute capability 9 (Hopper), and {device} has another"
     return ""
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvar.model.attention import AttentionBackend, ScaleAttention
-from mvar.model.conditioning import NormBackend, norms, project, projection
+from mvar.config import AttentionBackend, MambaBackend, NormBackend
+from mvar.model.attention import ScaleAttention
+from mvar.model.conditioning import norms, project, projection
 from mvar.model.kernels import fused
-from mvar.model.kernels.mamba_ssm import MambaBackend
 from mvar.model.kernels.precision import Linear, wide
 from mvar.model.mamba2 import Mamba2, MambaState
 

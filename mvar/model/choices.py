@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mvar.config import ModelConfig
+from mvar.config import ModelConfig, Switch
 from mvar.model import attention
 from mvar.model.kernels import fused, mamba_ssm
-from mvar.model.kernels.arithmetic import Arithmetic, Switch
+from mvar.model.kernels.arithmetic import Arithmetic
 from mvar.model.kernels.optional import Choice
 
 DTYPES = {

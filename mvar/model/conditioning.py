@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mvar.config import NormBackend
 from mvar.model.kernels import fused
 from mvar.model.kernels.optional import load
 from mvar.model.kernels.precision import Linear, wide
-
-NormBackend = Literal["torch", "apex"]
 
 
 def projection(width: int, vectors: int) -> nn.Sequential:

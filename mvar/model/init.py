@@ -11,17 +11,15 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mvar.config import ModelConfig
 from mvar.model.attention import INITIAL_LOG_SCALE
 from mvar.model.block import BRANCHES
 from mvar.model.mamba2 import CONV_WIDTH
 from mvar.model.transformer import MVAR
-
-InitRecipe = Literal["fixed", "published"]
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 """Mamba's step sizes at the start: log-uniform between the first two, never below the third."""
@@ -31,15 +29,10 @@ A_MIN, A_MAX = 1.0, 16.0
 
 @dataclass(frozen=True)
 class Initializer:
-    """Initial values for a model of this depth and width."""
+    """Initial values for the model that `config` describes: its depth, width and `init...` keys."""
 
     seed: int
-    depth: int
-    width: int
-    init: InitRecipe = "fixed"
-    init_gamma: float = 1e-3
-    init_head: float = 0.02
-    init_conditioning: float = 0.5
+    config: ModelConfig
 
     def value(self, name: str, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """The initial float32 value, on the CPU, of the parameter `name` of MVAR."""
@@ -71,54 +64,38 @@ class Initializer:
             return uniform(-(CONV_WIDTH**-0.5), CONV_WIDTH**-0.5)
         if leaf.endswith("bias"):
             return torch.zeros(shape)
-        std = self.width**-0.5 if leaf == "ada_gss" else (3 * self.width) ** -0.5
+        width = self.config.resolved_width
+        std = width**-0.5 if leaf == "ada_gss" else (3 * width) ** -0.5
         # The published normal distribution is cut at +-2, dozens of standard deviations away.
         return torch.randn(shape, generator=generator).mul_(std).clamp_(-2, 2)
 
     def _scale(self, leaf: str) -> float | None:
         if leaf in ("attn.proj.weight", "ffn.fc2.weight"):
-            return 1 / math.sqrt(2 * self.depth)
-        if leaf == "mamba.out_proj.weight" and self.init == "fixed":
-            return 1 / math.sqrt(2 * self.depth)
-        return {"head.weight": self.init_head, "head_nm.ada_lin.1.weight": self.init_conditioning}.get(leaf)
+            return 1 / math.sqrt(2 * self.config.depth)
+        if leaf == "mamba.out_proj.weight" and self.config.init == "fixed":
+            return 1 / math.sqrt(2 * self.config.depth)
+        if leaf == "head.weight":
+            return self.config.init_head
+        return self.config.init_conditioning if leaf == "head_nm.ada_lin.1.weight" else None
 
     def _scale_vectors(self, leaf: str, value: Tensor) -> None:
         """Gates start small, scales and shifts moderate. The nine vectors are rows of a weight, or ada_gss itself."""
-        if leaf == "shared_ada_lin.1.weight" and self.init == "published":
+        config, width = self.config, self.config.resolved_width
+        if leaf == "shared_ada_lin.1.weight" and config.init == "published":
             return
-        rows = value.view(-1, self.width) if leaf == "ada_gss" else value.view(3 * BRANCHES, self.width, -1)
-        gates = BRANCHES if self.init == "fixed" else BRANCHES - 1
-        rows[:gates] *= self.init_gamma
-        rows[gates:] *= self.init_conditioning
-
-
-def initial_value(
-    name: str,
-    shape: tuple[int, ...] | torch.Size,
-    seed: int,
-    *,
-    depth: int,
-    width: int,
-    init: InitRecipe = "fixed",
-    init_gamma: float = 1e-3,
-    init_head: float = 0.02,
-    init_conditioning: float = 0.5,
-) -> Tensor:
-    """The initial float32 value, on the CPU, of one parameter: what `init_weights_` copies, one name at a time."""
-    return Initializer(seed, depth, width, init, init_gamma, init_head, init_conditioning).value(name, shape)
+        rows = value.view(-1, width) if leaf == "ada_gss" else value.view(3 * BRANCHES, width, -1)
+        gates = BRANCHES if config.init == "fixed" else BRANCHES - 1
+        rows[:gates] *= config.init_gamma
+        rows[gates:] *= config.init_conditioning
 
 
 @torch.no_grad()
-def init_weights_(
-    model: MVAR,
-    seed: int,
-    *,
-    init: InitRecipe = "fixed",
-    init_gamma: float = 1e-3,
-    init_head: float = 0.02,
-    init_conditioning: float = 0.5,
-) -> None:
-    """Fill every parameter of `model` in place, in whatever dtype and on whatever device it is."""
-    initializer = Initializer(seed, model.depth, model.width, init, init_gamma, init_head, init_conditioning)
+def init_weights_(model: MVAR, seed: int, config: ModelConfig | None = None) -> None:
+    """Fill every parameter of `model` in place, in whatever dtype and on whatever device it is.
+
+    `config`: where its `init...` keys are taken from; depth and width are the model's.
+    """
+    own = (config or ModelConfig()).model_copy(update={"depth": model.depth, "width": model.width})
+    initializer = Initializer(seed, own)
     for name, parameter in model.named_parameters():
         parameter.copy_(initializer.value(name, parameter.shape))

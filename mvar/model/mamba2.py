@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvar.config import MambaBackend
 from mvar.model.kernels import fused
 from mvar.model.kernels import mamba_ssm as mamba_kernels
 from mvar.model.kernels.arithmetic import tf32_allowed
 from mvar.model.kernels.mamba_ops import causal_conv
-from mvar.model.kernels.mamba_ssm import MambaBackend
 from mvar.model.kernels.precision import Linear, no_autocast, wide
 from mvar.model.kernels.ssd import ssd
 

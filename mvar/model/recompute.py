@@ -7,12 +7,12 @@ convolution and Mamba's scan are cheap to do again.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-ActivationCheckpointing = Literal["off", "every", "selective"] | int
+from mvar.config import ActivationCheckpointing
 
 _LINEAR = {"aten::mm", "aten::addmm", "mvar::linear_by_fp32"}
 """Linear layers. Batched products are Mamba's scan, which works in place and is done again as a whole."""

@@ -5,6 +5,7 @@ Shapes: B batch, L tokens of the scales at hand, C width, V vocabulary, S scales
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvar.config import ModelConfig
+from mvar.config import ActivationCheckpointing, AttentionBackend, MambaBackend, ModelConfig, NormBackend
 from mvar.errors import ConfigError
-from mvar.model.attention import AttentionBackend, ScaleAttention
+from mvar.model.attention import ScaleAttention
 from mvar.model.block import VECTORS, Block
-from mvar.model.conditioning import ConditionedNorm, NormBackend, project, projection
-from mvar.model.kernels.mamba_ssm import MambaBackend
+from mvar.model.conditioning import ConditionedNorm, project, projection
 from mvar.model.kernels.precision import Linear, WideEmbedding, WideLinear, compute_dtype
 from mvar.model.mamba2 import HEAD_WIDTH, MambaState
-from mvar.model.recompute import ActivationCheckpointing, keeping_linears, recomputes
+from mvar.model.recompute import keeping_linears, recomputes
 from mvar.model.token_loss import token_losses
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
@@ -107,21 +107,9 @@ class MVAR(nn.Module):
         cls, config: ModelConfig, *, num_classes: int, activation_checkpointing: ActivationCheckpointing = "off"
     ) -> MVAR:
         """The model that a configuration describes, for `num_classes` labels."""
-        return cls(
-            config.depth,
-            num_classes,
-            config.patch_nums,
-            config.vocab_size,
-            config.latent_channels,
-            width=config.width,
-            heads=config.heads,
-            attn_l2_norm=config.attn_l2_norm,
-            shared_conditioning=config.shared_conditioning,
-            attention_backend=config.attention_backend,
-            mamba_backend=config.mamba_backend,
-            norm_backend=config.norm_backend,
-            activation_checkpointing=activation_checkpointing,
-        )
+        arguments = inspect.signature(cls).parameters.keys() & set(ModelConfig.model_fields)
+        settings: dict[str, Any] = {name: getattr(config, name) for name in arguments} | {"num_classes": num_classes}
+        return cls(**settings, activation_checkpointing=activation_checkpointing)
 
     def forward(
         self,

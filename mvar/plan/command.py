@@ -17,7 +17,7 @@ from pydantic import Field
 
 from mvar.config import DataConfig, TrainConfig
 from mvar.errors import ConfigError
-from mvar.files.disk import write_file
+from mvar.files.disk import write_text
 from mvar.plan import draw
 from mvar.plan.gpus import GPUS, Gpu, find_gpu
 from mvar.plan.study import Assumptions, Study
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study.of(load(PlannedConfig, args.config, args.overrides), assumed)
     print(draw.table(study))
     if args.json:
-        write_file(args.json, (json.dumps(study.figures(), indent=1) + "\n").encode())
+        write_text(args.json, json.dumps(study.figures(), indent=1) + "\n")
     if args.png:
         draw.picture(study, args.png)
         print(f"picture: {args.png}")

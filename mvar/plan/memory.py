@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
+from mvar.config import ActivationCheckpointing, Precision
 from mvar.model.kernels.ssd import chunk_length
 from mvar.model.mamba2 import EXPAND, HEAD_WIDTH, STATE
-from mvar.model.recompute import ActivationCheckpointing, recomputes
+from mvar.model.recompute import recomputes
 from mvar.model.token_loss import CHUNK
 from mvar.plan.sizes import Sizes
 
-Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
 Kernels = Literal["cpu", "gpu", "gpu_torch"]
 """`gpu`: flash-attn and mamba-ssm. `gpu_torch`: torch's fused attention and our scan. `cpu`: attention runs in fp32."""
 
@@ -75,7 +75,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class State:
+class ModelStateBytes:
     """Model state of the rank that holds most, in bytes."""
 
     weights: int
@@ -98,12 +98,12 @@ class State:
         return self.total - self.host - self.disk
 
 
-def model_state(sizes: Sizes, setup: Setup) -> State:
+def model_state(sizes: Sizes, setup: Setup) -> ModelStateBytes:
     """What training keeps from the last backward pass of a step to its update."""
     e, groups = setup.weight_bytes, sizes.groups
     if setup.stage == 0:
         whole = FP32 * sizes.parameters
-        return State(whole, whole, 2 * whole, whole * setup.ema, 0, 0)
+        return ModelStateBytes(whole, whole, 2 * whole, whole * setup.ema, 0, 0)
     if setup.stage == 3:
         share = sum(-(-count // setup.world) for group in groups for count in group)
         kept = sum(count for group in groups for count in group if count <= _persistent(setup))
@@ -135,7 +135,7 @@ def _whole_in_part(groups: tuple[list[int], list[int]], padded: list[int], world
     return max(held)
 
 
-def _offloaded(setup: Setup, parted: int, whole: int, gradients: int, master: int, ema: int) -> State:
+def _offloaded(setup: Setup, parted: int, whole: int, gradients: int, master: int, ema: int) -> ModelStateBytes:
     """Where it all lies. `parted`, `whole`: bytes of divided and of undivided weights; `master`: of master weights."""
     optimizer, parameters = setup.device_of("offload_optimizer"), setup.device_of("offload_param")
     host = disk = 0
@@ -150,7 +150,7 @@ def _offloaded(setup: Setup, parted: int, whole: int, gradients: int, master: in
         host += parted
     elif parameters == "nvme":
         disk += parted
-    return State(parted + whole, gradients, kept, ema, host, disk)
+    return ModelStateBytes(parted + whole, gradients, kept, ema, host, disk)
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class Memory:
     """All of it for one micro-batch size."""
 
     micro_batch: int
-    state: State
+    state: ModelStateBytes
     buffers: Buffers
     activations: Activations
 

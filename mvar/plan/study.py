@@ -7,11 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mvar.config import TrainConfig
+from mvar.config import ActivationCheckpointing, TrainConfig
 from mvar.data.store import CodeStore
 from mvar.ds_config import BatchSplit, find_template, read_template
 from mvar.errors import ConfigError, StoreError
-from mvar.model.recompute import ActivationCheckpointing
 from mvar.plan.flops import best_interval_s, flops, gpu_days, time_lost
 from mvar.plan.gpus import Gpu
 from mvar.plan.memory import Kernels, Memory, Setup, checkpoint_bytes, largest_micro_batch, memory

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import socket
 import time
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mvar.errors import CheckpointError, TrainingError
+from mvar.files.disk import write_text
 from mvar.run.claims import Claims, claim_path
 from mvar.run.names import CLAIM, remove_leftovers
 
@@ -91,9 +91,7 @@ class RunFolder:
             raise TrainingError(f"{self.finished}: damaged ({error}). Remove it to go on training.") from None
 
     def finish(self, step: int, samples: int) -> None:
-        temporary = self.finished.with_name(".FINISHED.tmp")
-        temporary.write_text(json.dumps({"step": step, "samples": samples}) + "\n", encoding="utf-8")
-        os.replace(temporary, self.finished)
+        write_text(self.finished, json.dumps({"step": step, "samples": samples}) + "\n")
 
     def require_no_history(self) -> None:
         """Called where no checkpoint is usable: may a run begin here? Raises CheckpointError if one was ever saved."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.errors import MvarError
+from mvar.errors import EXIT_FAULT, EXIT_USER_ERROR, MvarError
 from mvar.files import json_lines
 
 NAME = "history.jsonl"
@@ -71,18 +71,19 @@ class History:
             yield self
         except BaseException as error:
             expected = isinstance(error, MvarError) or getattr(error, "expected", False)
-            self.end(2 if expected else 1, None, f"{type(error).__name__}: {error}".splitlines()[0])
+            self.end(
+                EXIT_USER_ERROR if expected else EXIT_FAULT, None, f"{type(error).__name__}: {error}".splitlines()[0]
+            )
             raise
 
     def start(self, world: int, environ: Mapping[str, str] = os.environ) -> None:
-        array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
         began = environ.get("SLURM_JOB_START_TIME", "")
         self._write(
             "start",
             pid=os.getpid(),
             host=socket.gethostname(),
             world=world,
-            job=f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID"),
+            job=job_name(environ),
             restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
             nodes=environ.get("SLURM_JOB_NODELIST"),
             allocated=float(began) if began.isdigit() else None,
@@ -123,6 +124,12 @@ class History:
                 ended = {"end_time": event["time"], "end_step": event["step"]}
                 found[-1] = _with(found[-1], **ended, code=event["code"], reason=event["reason"])
         return found
+
+
+def job_name(environ: Mapping[str, str]) -> str | None:
+    """This process's Slurm job as Slurm's commands take it: `array_task`, or the id; None outside of one."""
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
 
 
 def _with(start: Start, **changes: Any) -> Start:

@@ -23,6 +23,11 @@ def steps_in(checkpoints: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def newest_step(checkpoints: Path) -> int | None:
+    """Step of the newest complete checkpoint, by name: it is not verified. None without one."""
+    return max(steps_in(checkpoints), default=None)
+
+
 def remove_leftovers(checkpoints: Path) -> None:
     """Remove what killed processes left half-written or half-removed."""
     if checkpoints.is_dir():

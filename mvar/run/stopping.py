@@ -1,4 +1,4 @@
-"""When a run stops: what may ask it to, what ends one that hangs, and the exit codes that say so."""
+"""When a run stops: what may ask it to, and what ends one that hangs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-EXIT_FINISHED = 0
-EXIT_STOPPED = 75
-"""Stopped on purpose, with a checkpoint saved: run the same command again."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

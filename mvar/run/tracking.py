@@ -33,16 +33,20 @@ import psutil
 import torch
 
 from mvar.config import TrackingConfig
-
-Record = dict[str, Any]
+from mvar.files.disk import cannot_write, write_text
+from mvar.files.json_lines import JsonRecord
 
 
 class Sink(Protocol):
     """One place for measurements. `record` is complete and finite (None where a value was not)."""
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: JsonRecord) -> None: ...
 
     def close(self) -> None: ...
+
+
+Lines = Callable[[JsonRecord], str | None]
+"""The line that a record is worth on a terminal, None if it is none."""
 
 
 def finite(value: Any) -> Any:
@@ -65,7 +69,7 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
         self._waiting: list[bytes] = []
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         self._waiting.append(json.dumps(record).encode() + b"\n")
         try:
             self._flush()
@@ -85,9 +89,12 @@ class JsonLines:
         self._waiting.clear()
 
     def sync(self) -> None:
-        """To disk: a checkpoint must not be newer than its records. Raises OSError."""
-        self._flush()
-        os.fsync(self._file.fileno())
+        """To disk: a checkpoint must not be newer than its records. Raises WriteError."""
+        try:
+            self._flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(Path(self._file.name), error) from None
 
     def close(self) -> None:
         try:
@@ -108,75 +115,27 @@ def cut_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
 
 
 class Console:
-    """One aligned line every `every` steps, with means since the line before."""
+    """What the terminal shows of a record: the lines that `lines` makes of it."""
 
-    def __init__(self, every: int, last_step: int) -> None:
-        self._every, self._last_step = every, last_step
-        self._since: list[Record] = []
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
 
-    def write(self, record: Record) -> None:
-        if record["kind"] == "train":
-            self._since.append(record)
-            if record["step"] % self._every == 0 or record["step"] == self._last_step or record["skipped"]:
-                print(self._line(), flush=True)
-                self._since = []
-        elif record["kind"] == "val":
-            accuracy = 100 * (record["accuracy"] or 0)
-            print(f"{self._place(record)}  validation loss {_show(record['loss'])}  acc {accuracy:5.2f}%", flush=True)
-        elif record["kind"] == "sample":
-            print(f"{self._place(record)}  samples: {record['file']}", flush=True)
-
-    def _place(self, record: Record) -> str:
-        width = len(str(self._last_step))
-        return f"step {record['step']:>{width}}/{self._last_step}"
-
-    def _line(self) -> str:
-        now, since = self._since[-1], self._since
-        step_s = sum(record["step_s"] for record in since)
-        wait = 100 * sum(record["wait_s"] for record in since) / max(step_s, 1e-9)
-        left_s = (self._last_step - now["step"]) * step_s / len(since)
-        images = now["imgs_per_s"] * now["step_s"] * len(since)
-        last_scale = [record["loss_per_scale"][-1] for record in since]
-        text = (
-            f"{self._place(now)}  img {now['samples']:>9,}"
-            f"  loss {_mean([record['loss'] for record in since])}  last {_mean(last_scale)}"
-            f"  acc {100 * (now['accuracy'] or 0):5.2f}%  |g| {_show(now['grad_norm'])}  lr {now['lr']:.2e}"
-            f"  img/s {images / max(step_s, 1e-9):7.1f}{_mfu(now)}  wait {wait:4.1f}%  mem {now['memory_gib']:5.1f}G"
-            f"  eta {_duration(left_s)}"
-        )
-        if now["skipped"]:
-            text += f"  SKIPPED{' bad samples ' + str(now['bad_samples'][:4]) if now.get('bad_samples') else ''}"
-        return text
+    def write(self, record: JsonRecord) -> None:
+        text = self._lines(record)
+        if text is not None:
+            print(text, flush=True)
 
     def close(self) -> None:
         pass
 
 
-def _mfu(record: Record) -> str:
-    return f"  mfu {100 * record['mfu']:4.1f}%" if record.get("mfu") else ""
-
-
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return _show(sum(known) / len(known) if known else None)
-
-
-def _show(value: float | None) -> str:
-    return "   none" if value is None else f"{value:7.4f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+def place(record: JsonRecord, last_step: int) -> str:
+    """How a line about a record begins: which step of how many."""
+    return f"step {record['step']:>{len(str(last_step))}}/{last_step}"
 
 
 class TensorBoard:
@@ -188,7 +147,7 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)
         self._folder, self._every = folder.parent, every
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         if _wanted(record, self._every):
             for name, value in flat(record).items():
                 self._writer.add_scalar(name, value, record["step"])
@@ -209,7 +168,7 @@ class WeightsAndBiases:
 
         kept = folder / "wandb-id"
         if not kept.is_file():
-            kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            write_text(kept, uuid.uuid4().hex[:12])
         self._wandb, self._folder, self._every = wandb, folder, config.log_every
         self._run = wandb.init(
             project=config.wandb_project,
@@ -222,7 +181,7 @@ class WeightsAndBiases:
             settings=wandb.Settings(silent=True, console="off"),
         )
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         if _wanted(record, self._every):
             self._run.log(flat(record), step=record["step"])
         if record["kind"] == "sample":
@@ -240,11 +199,11 @@ def _picture(path: Path) -> Any:
         return np.asarray(picture.convert("RGB"))
 
 
-def _wanted(record: Record, every: int) -> bool:
+def _wanted(record: JsonRecord, every: int) -> bool:
     return bool(record["kind"] == "val" or (record["kind"] == "train" and record["step"] % every == 0))
 
 
-def flat(record: Record) -> dict[str, float]:
+def flat(record: JsonRecord) -> dict[str, float]:
     """Numbers of a record as `kind/name` and `kind/name/scale`, for tools that know nothing of lists."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
@@ -265,7 +224,7 @@ class Guarded:
         self._sink: Sink | None = None
         self._try(lambda: setattr(self, "_sink", make()))
 
-    def write(self, record: Record) -> None:
+    def write(self, record: JsonRecord) -> None:
         if (sink := self._sink) is not None:
             self._try(lambda: sink.write(record))
 
@@ -291,19 +250,18 @@ class Tracker:
         *,
         is_main: bool,
         resumed_step: int,
-        last_step: int,
         samples_at: Callable[[int], int],
         settings: Mapping[str, Any],
-        console: Sink | None = None,
+        lines: Lines,
     ) -> None:
-        """`console`: what to show on the terminal instead of the transformer's status line."""
+        """`settings`: what Weights & Biases is told of the run; `lines`: what the terminal shows of each record."""
         self._samples_at = samples_at
         self._sinks: list[Sink] = []
         self._lines: JsonLines | None = None
         if not is_main:
             return
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
-        self._sinks = [self._lines, console or Console(config.log_every, last_step)]
+        self._sinks = [self._lines, Console(lines)]
         if config.wandb != "disabled":
             self._sinks.append(Guarded("wandb", lambda: WeightsAndBiases(folder, config, settings)))
         if config.tensorboard:

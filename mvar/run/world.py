@@ -7,13 +7,14 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from mvar.config import DeviceChoice
 from mvar.errors import BackendError, ConfigError, MvarError
 from mvar.run import extensions
 from mvar.run.launcher import Place, detect, require_address, require_one_task_per_gpu
@@ -115,7 +116,7 @@ def start(environ: MutableMapping[str, str] = os.environ, threads: int | None = 
     return World(place, device)
 
 
-def join(environ: MutableMapping[str, str] = os.environ, device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
+def join(environ: MutableMapping[str, str] = os.environ, device: DeviceChoice = "auto") -> World:
     """Join the other processes with torch alone (NCCL with GPUs, gloo without), and choose the device.
 
     A process that is alone joins nobody: there is no process group then. Raises ConfigError where the launch is wrong,

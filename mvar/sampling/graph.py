@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mvar.model.transformer import MVAR
-from mvar.sampling.sampler import check_request, draw_scales, require_finite
+from mvar.sampling.sampler import SamplingOptions, check_request, draw_scales, require_finite
 from mvar.tokenizer.vqvae import VQVAE
 
 WARM_UP = 2
@@ -22,7 +22,7 @@ WARM_UP = 2
 
 
 class GraphedDrawing:
-    """Draws batches of `batch` images with the options of `generate_scales`, and gives what `finish` makes of them.
+    """Draws batches of `batch` images with `options`, and gives what `finish` makes of them.
 
     `finish`: feature maps (B, C, h, w) -> a tensor, such as pictures. `graphed`: capture at the first call and replay
     from then on; without it every call runs as it comes. The result of a call lasts until the next.
@@ -34,15 +34,12 @@ class GraphedDrawing:
         tokenizer: VQVAE,
         batch: int,
         finish: Callable[[Tensor], Tensor],
+        options: SamplingOptions,
         *,
-        cfg: float,
-        top_k: int,
-        top_p: float,
-        smooth: bool,
         graphed: bool,
     ) -> None:
         self._model, self._quantizer, self._finish, self._graphed = model, tokenizer.quantizer, finish, graphed
-        self._options = (cfg, top_k, top_p, smooth)
+        self._options = options
         device = model.pos_start.device
         self._labels_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._seeds_B = torch.zeros_like(self._labels_B)
@@ -52,8 +49,7 @@ class GraphedDrawing:
     @torch.inference_mode()
     def __call__(self, labels_B: Tensor, seeds: Sequence[int]) -> Tensor:
         """Raises ConfigError for labels and seeds that do not fit, MvarError for logits that are not finite."""
-        _, top_k, top_p, _ = self._options
-        self._seeds_B.copy_(check_request(self._model, labels_B, top_k, top_p, seeds))
+        self._seeds_B.copy_(check_request(self._model, labels_B, seeds))
         self._labels_B.copy_(labels_B)
         if not self._graphed:
             finished, finite_S = self._run()
@@ -64,7 +60,7 @@ class GraphedDrawing:
 
     def _run(self) -> tuple[Tensor, Tensor]:
         """What the graph holds: no host reads anything here."""
-        steps = list(draw_scales(self._model, self._quantizer, self._labels_B, self._seeds_B, *self._options))
+        steps = list(draw_scales(self._model, self._quantizer, self._labels_B, self._seeds_B, self._options))
         return self._finish(steps[-1].f_hat_BChw), torch.stack([step.finite for step in steps])
 
     def _replay(self) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mvar.errors import ConfigError, MvarError
 from mvar.model.transformer import MVAR, DecodeState
+from mvar.sampling.logits import draw_codes, filter_logits, mix_code_vectors
 from mvar.sampling.uniforms import signed, token_uniforms
-from mvar.sampling.words import draw_codes, filter_logits, mix_words
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -35,34 +35,62 @@ class ScaleSample:
     """bool, on the device: whether the logits were. A host that read it now would wait for the device."""
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How codes are drawn. Raises ConfigError for what cannot be."""
+
+    cfg: float = 1.5
+    """Guidance at the finest scale; it rises linearly from 0 (0: off, half the work)."""
+    top_k: int = 900
+    """So many likeliest codes, and ties, are kept (0: all; 1: greedy, the lowest index of a tie)."""
+    top_p: float = 0.96
+    """The likeliest codes that hold this share of the probability are kept (0 or 1: all)."""
+    smooth: bool = False
+    """Feed mixtures of code vectors, which looks smoother and scores worse."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise ConfigError(f"top_k {self.top_k}, top_p {self.top_p}: expected top_k >= 0 and top_p from 0 to 1.")
+
+
+DEFAULTS = SamplingOptions()
+
+
 def generate(
     model: nn.Module,
     tokenizer: VQVAE | Quantizer,
     labels_B: Tensor,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
+    cfg: float = DEFAULTS.cfg,
+    top_k: int = DEFAULTS.top_k,
+    top_p: float = DEFAULTS.top_p,
     seeds: Iterable[int] | None = None,
-    smooth: bool = False,
+    smooth: bool = DEFAULTS.smooth,
+) -> Tensor:
+    """`generate_codes` with its options as keywords: codes (B, L) int64 of one image for each label."""
+    return generate_codes(model, tokenizer, labels_B, SamplingOptions(cfg, top_k, top_p, smooth), seeds)
+
+
+def generate_codes(
+    model: nn.Module,
+    tokenizer: VQVAE | Quantizer,
+    labels_B: Tensor,
+    options: SamplingOptions = DEFAULTS,
+    seeds: Iterable[int] | None = None,
 ) -> Tensor:
     """Codes (B, L) int64 of one image for each label; see `generate_scales`."""
-    steps = generate_scales(model, tokenizer, labels_B, cfg, top_k, top_p, seeds, smooth)
-    return torch.cat([step.codes_BLk for step in steps], dim=1)
+    return torch.cat([step.codes_BLk for step in generate_scales(model, tokenizer, labels_B, options, seeds)], dim=1)
 
 
 def generate_latent(
     model: nn.Module,
     tokenizer: VQVAE | Quantizer,
     labels_B: Tensor,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
+    options: SamplingOptions = DEFAULTS,
     seeds: Iterable[int] | None = None,
-    smooth: bool = False,
 ) -> Tensor:
     """Feature maps (B, C, h, w) for `VQVAE.decode_latent`; with `smooth` they are more than the codes say."""
-    steps = list(generate_scales(model, tokenizer, labels_B, cfg, top_k, top_p, seeds, smooth))
-    return steps[-1].f_hat_BChw
+    *_, last = generate_scales(model, tokenizer, labels_B, options, seeds)
+    return last.f_hat_BChw
 
 
 @torch.no_grad()
@@ -70,19 +98,13 @@ def generate_scales(
     model: nn.Module,
     tokenizer: VQVAE | Quantizer,
     labels_B: Tensor,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
+    options: SamplingOptions = DEFAULTS,
     seeds: Iterable[int] | None = None,
-    smooth: bool = False,
 ) -> Iterator[ScaleSample]:
     """Yields each scale as it is drawn, coarse to fine.
 
     `model`: an MVAR or a wrapper with it as `.module`, in train or eval mode. `labels_B`: int64, `num_classes` for "no
-    class". `cfg`: guidance of the finest scale; it rises linearly from 0 (0: off, half the work). `top_k`: keep that
-    many likeliest words and ties (0: all; 1: greedy, the lowest index of a tie). `top_p`: keep the likeliest words that
-    hold this share of the probability (0 or 1: all). `seeds`: one whole number an image, default 0, 1, ... `smooth`:
-    feed mixtures of words, which looks smoother and scores worse. Raises ConfigError for arguments that do not fit
+    class". `seeds`: one whole number an image, default 0, 1, ... Raises ConfigError for arguments that do not fit
     together, MvarError for logits that are not finite.
     """
     core = getattr(model, "module", model)
@@ -90,9 +112,9 @@ def generate_scales(
     assert isinstance(core, MVAR)
     check_geometry(core, quantizer)
     device = core.pos_start.device
-    seeds_B = check_request(core, labels_B, top_k, top_p, seeds).to(device)
+    seeds_B = check_request(core, labels_B, seeds).to(device)
     finite: list[Tensor] = []
-    for step in draw_scales(model, quantizer, labels_B.to(device), seeds_B, cfg, top_k, top_p, smooth):
+    for step in draw_scales(model, quantizer, labels_B.to(device), seeds_B, options):
         finite.append(step.finite)
         if step.scale + 1 == core.pyramid.num_scales:
             require_finite(core, torch.stack(finite))
@@ -100,18 +122,11 @@ def generate_scales(
 
 
 def draw_scales(
-    model: nn.Module,
-    quantizer: Quantizer,
-    labels_B: Tensor,
-    seeds_B: Tensor,
-    cfg: float,
-    top_k: int,
-    top_p: float,
-    smooth: bool,
+    model: nn.Module, quantizer: Quantizer, labels_B: Tensor, seeds_B: Tensor, options: SamplingOptions
 ) -> Iterator[ScaleSample]:
     """The work of `generate_scales`, with labels and seeds on the model's device. The host reads nothing back."""
     core: Any = getattr(model, "module", model)
-    guided = cfg != 0
+    guided = options.cfg != 0
     doubled_B = torch.cat((labels_B, torch.full_like(labels_B, core.num_classes))) if guided else labels_B
     state = DecodeState()
     f_hat_BChw = quantizer.start(len(labels_B), labels_B.device)
@@ -122,17 +137,19 @@ def draw_scales(
         logits_BLV = model(doubled_B, x_BLkC, state=state, scales=range(scale, scale + 1))
         if guided:
             with_class_BLV, without_BLV = logits_BLV.chunk(2)
-            strength = cfg * progress
+            strength = options.cfg * progress
             logits_BLV = (1 + strength) * with_class_BLV - strength * without_BLV
-        greedy = top_k == 1
-        kept_BLV = filter_logits(logits_BLV, top_k, top_p) if smooth or not greedy else logits_BLV
+        greedy = options.top_k == 1
+        kept_BLV = logits_BLV
+        if options.smooth or not greedy:
+            kept_BLV = filter_logits(logits_BLV, options.top_k, options.top_p)
         if greedy:
             codes_BLk = logits_BLV.argmax(dim=-1)  # the first of a tie
         else:
             codes_BLk = draw_codes(kept_BLV, token_uniforms(seeds_B, scale, kept_BLV.shape[1]))
-        if smooth:
-            words_BLkC = mix_words(kept_BLV, quantizer.embedding.weight, seeds_B, scale, progress)
-            f_hat_BChw, inputs_BLkC = quantizer.add_words(f_hat_BChw, words_BLkC, scale)
+        if options.smooth:
+            vectors_BLkC = mix_code_vectors(kept_BLV, quantizer.embedding.weight, seeds_B, scale, progress)
+            f_hat_BChw, inputs_BLkC = quantizer.add_code_vectors(f_hat_BChw, vectors_BLkC, scale)
         else:
             f_hat_BChw, inputs_BLkC = quantizer.add_scale(f_hat_BChw, codes_BLk, scale)
         yield ScaleSample(scale, codes_BLk, f_hat_BChw, logits_BLV.isfinite().all())
@@ -160,7 +177,7 @@ def check_geometry(model: MVAR, quantizer: Quantizer) -> None:
             )
 
 
-def check_request(model: MVAR, labels_B: Tensor, top_k: int, top_p: float, seeds: Iterable[int] | None) -> Tensor:
+def check_request(model: MVAR, labels_B: Tensor, seeds: Iterable[int] | None) -> Tensor:
     """The seeds as int64, after checking the arguments that a user chooses."""
     if labels_B.dim() != 1 or len(labels_B) == 0:
         raise ConfigError(f"labels: got shape {tuple(labels_B.shape)}, expected (B,) with at least one image.")
@@ -169,8 +186,6 @@ def check_request(model: MVAR, labels_B: Tensor, top_k: int, top_p: float, seeds
         raise ConfigError(
             f"labels: got {low} to {high}, expected 0 to {model.num_classes - 1}, or {model.num_classes} for no class."
         )
-    if top_k < 0 or not 0 <= top_p <= 1:
-        raise ConfigError(f"top_k {top_k}, top_p {top_p}: expected top_k >= 0 and top_p from 0 to 1.")
     given = list(range(len(labels_B))) if seeds is None else [int(seed) for seed in seeds]
     if len(given) != len(labels_B):
         raise ConfigError(f"seeds: got {len(given)} for {len(labels_B)} images, expected one for each.")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOKENS, WORDS = 1, 2
+from mvar.randomness import GOLDEN, finalise
+
+TOKENS, VOCABULARY = 1, 2
 """Streams of numbers."""
 
 
@@ -18,10 +20,10 @@ def token_uniforms(seeds_B: Tensor, scale: int, tokens: int) -> Tensor:
     return (_shift_right(hash_BL, 32).double() + 0.5) / 2**32
 
 
-def word_uniforms(seeds_B: Tensor, scale: int, tokens: int, words: int) -> Tensor:
-    """One number in (0, 1) for each token of a scale and each word: float32 (B, tokens, words)."""
-    words_V = torch.arange(words, device=seeds_B.device)
-    hash_BLV = _mixed(_token_hash(seeds_B, WORDS, scale, tokens).unsqueeze(-1) ^ words_V)
+def vocabulary_uniforms(seeds_B: Tensor, scale: int, tokens: int, vocab: int) -> Tensor:
+    """One number in (0, 1) for each token of a scale and each entry of the vocabulary: float32 (B, tokens, V)."""
+    entries_V = torch.arange(vocab, device=seeds_B.device)
+    hash_BLV = _mixed(_token_hash(seeds_B, VOCABULARY, scale, tokens).unsqueeze(-1) ^ entries_V)
     return (_shift_right(hash_BLV, 41).float() + 0.5) / 2**23
 
 
@@ -31,11 +33,8 @@ def _token_hash(seeds_B: Tensor, stream: int, scale: int, tokens: int) -> Tensor
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), on int64 that wraps around."""
-    x = x + signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
+    """A step of SplitMix64 (Steele, Lea and Flood 2014), on int64 that wraps around."""
+    return finalise(x + signed(GOLDEN), _shift_right, signed)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

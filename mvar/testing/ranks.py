@@ -22,6 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from mvar.omp import sleep_when_idle
 from mvar.run.world import choose_accelerator
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,6 +52,7 @@ class Ranks:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         choose_accelerator()
+        sleep_when_idle()
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(_PRELOAD)
         port = str(free_port())

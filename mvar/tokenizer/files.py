@@ -7,7 +7,6 @@ pure function of the weights.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ M = TypeVar("M", VQVAE, Quantizer)
 
 
 def save_tokenizer(path: FilePath, vqvae: VQVAE) -> None:
-    """Write weights and geometry as safetensors. The file is complete or absent, also after a kill or a full disk."""
+    """Write weights and geometry as safetensors. The file is complete or absent. Raises WriteError."""
     _save(Path(path), "tokenizer", vqvae, vqvae.geometry)
 
 
@@ -101,26 +100,6 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is either complete or not there: temporary name, sync, rename, sync of the folder.
-
-    Raises OSError, with the temporary removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    disk.sync_folder(path.parent)
-
-
 # ---- writing
 
 
@@ -130,11 +109,7 @@ def _save(path: Path, kind: Kind, module: nn.Module, geometry: dict[str, Any]) -
         for name, value in module.state_dict().items()
     }
     header = {"kind": kind, "format": FORMAT, "geometry": geometry, "digest": digest_of(tensors)}
-    data = safetensors.torch.save(tensors, {"mvar": json.dumps(header, sort_keys=True)})
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise TokenizerError(f"{kind} file {path}: cannot be written ({error.strerror}).") from None
+    disk.write_file(path, safetensors.torch.save(tensors, {"mvar": json.dumps(header, sort_keys=True)}))
 
 
 # ---- reading

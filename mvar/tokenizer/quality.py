@@ -45,22 +45,22 @@ def psnr_db(mse: float) -> float:
     return 10 * math.log10(4 / max(mse, 4e-10))
 
 
-def psnr_db_N(rebuilt_NCHW: Tensor, images_NCHW: Tensor) -> Tensor:
+def psnr_db_N(reconstructed_NCHW: Tensor, images_NCHW: Tensor) -> Tensor:
     """PSNR of each picture (torchmetrics), at most 100 dB."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     # Reduced picture by picture: over a batch it would be the PSNR of the mean error, which depends on the batch.
-    ratios = peak_signal_noise_ratio(rebuilt_NCHW, images_NCHW, RANGE, reduction="none", dim=(1, 2, 3))
+    ratios = peak_signal_noise_ratio(reconstructed_NCHW, images_NCHW, RANGE, reduction="none", dim=(1, 2, 3))
     return ratios.clamp(max=BEST_DB)
 
 
-def ssim_N(rebuilt_NCHW: Tensor, images_NCHW: Tensor) -> Tensor:
+def ssim_N(reconstructed_NCHW: Tensor, images_NCHW: Tensor) -> Tensor:
     """SSIM of each picture (torchmetrics); NaN for pictures smaller than the window."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     if images_NCHW.shape[-1] < SMALLEST_SSIM:
         return images_NCHW.new_full((len(images_NCHW),), math.nan)
-    found = structural_similarity_index_measure(rebuilt_NCHW, images_NCHW, reduction="none", data_range=RANGE)
+    found = structural_similarity_index_measure(reconstructed_NCHW, images_NCHW, reduction="none", data_range=RANGE)
     assert isinstance(found, Tensor)
     return found.view(-1)
 
@@ -73,19 +73,19 @@ class Tally:
         self.sums = torch.zeros(5 + num_scales + num_scales * vocab_size, dtype=torch.float64)
         """images, PSNR, SSIM, L1, pictures measured by scale; PSNR by scale; counts by scale and word."""
 
-    def add(self, images_NCHW: Tensor, rebuilt_NCHW: Tensor, counts_SV: Tensor) -> None:
+    def add(self, images_NCHW: Tensor, reconstructed_NCHW: Tensor, counts_SV: Tensor) -> None:
         """Count pictures in [-1, 1] on the CPU; `counts_SV`: how often each scale used each word for them."""
         self.sums[0] += len(images_NCHW)
-        self.sums[1] += psnr_db_N(rebuilt_NCHW, images_NCHW).double().sum()
-        self.sums[2] += ssim_N(rebuilt_NCHW, images_NCHW).double().sum()
-        self.sums[3] += (rebuilt_NCHW - images_NCHW).abs().mean(dim=(1, 2, 3)).double().sum()
+        self.sums[1] += psnr_db_N(reconstructed_NCHW, images_NCHW).double().sum()
+        self.sums[2] += ssim_N(reconstructed_NCHW, images_NCHW).double().sum()
+        self.sums[3] += (reconstructed_NCHW - images_NCHW).abs().mean(dim=(1, 2, 3)).double().sum()
         self.sums[5 + self._scales :] += counts_SV.double().flatten()
 
-    def add_scales(self, images_NCHW: Tensor, rebuilt_kNCHW: list[Tensor]) -> None:
+    def add_scales(self, images_NCHW: Tensor, reconstructed_kNCHW: list[Tensor]) -> None:
         """Count some pictures as the first 1, 2, ... S scales give them."""
         self.sums[4] += len(images_NCHW)
-        for scale, rebuilt_NCHW in enumerate(rebuilt_kNCHW):
-            self.sums[5 + scale] += psnr_db_N(rebuilt_NCHW, images_NCHW).double().sum()
+        for scale, reconstructed_NCHW in enumerate(reconstructed_kNCHW):
+            self.sums[5 + scale] += psnr_db_N(reconstructed_NCHW, images_NCHW).double().sum()
 
     def quality(self, sums: Tensor) -> Quality:
         """`sums`: this tally's, or those of several added up."""

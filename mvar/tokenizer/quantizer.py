@@ -191,13 +191,13 @@ class Quantizer(nn.Module):
         Returns the new reconstruction and what the transformer is fed for the next scale, (B, L of the next, C)
         float32; None after the last scale. `f_hat_BChw` itself is left alone.
         """
-        return self.add_words(f_hat_BChw, self._words(codes_BLk, scale), scale)
+        return self.add_code_vectors(f_hat_BChw, self._words(codes_BLk, scale), scale)
 
     @torch.no_grad()
-    def add_words(self, f_hat_BChw: Tensor, words_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+    def add_code_vectors(self, f_hat_BChw: Tensor, vectors_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """As `add_scale`, from vectors (B, Lk, C) that need not be words: smoothed sampling mixes words."""
         with _exact(f_hat_BChw):
-            f_hat_BChw = f_hat_BChw + self._mended(words_BLC, scale)
+            f_hat_BChw = f_hat_BChw + self._mended(vectors_BLC, scale)
             if scale + 1 == self.pyramid.num_scales:
                 return f_hat_BChw, None
             return f_hat_BChw, _rows_BLC(self.shrunk(f_hat_BChw, scale + 1))
@@ -270,13 +270,13 @@ class Quantizer(nn.Module):
             raise TokenizerError(
                 f"codes of scale {scale}: got shape {list(codes_BLk.shape)}, expected (batch, {length})."
             )
-        words_BLC: Tensor = self.embedding(codes_BLk)
-        return words_BLC
+        vectors_BLC: Tensor = self.embedding(codes_BLk)
+        return vectors_BLC
 
-    def _mended(self, words_BLC: Tensor, scale: int) -> Tensor:
+    def _mended(self, vectors_BLC: Tensor, scale: int) -> Tensor:
         """What one scale adds to the feature map: its words, enlarged by bicubic interpolation, through phi."""
         side = self.patch_nums[scale]
-        h_BChw = words_BLC.float().transpose(1, 2).reshape(-1, self.latent_channels, side, side)
+        h_BChw = vectors_BLC.float().transpose(1, 2).reshape(-1, self.latent_channels, side, side)
         if side != self.side:
             h_BChw = F.interpolate(h_BChw, size=(self.side, self.side), mode="bicubic")
         mended_BChw: Tensor = self.quant_resi(h_BChw, scale)
@@ -287,9 +287,9 @@ class Quantizer(nn.Module):
 
     def _nearest(self, rows_NC: Tensor, half_norms_V: Tensor) -> Tensor:
         """argmin |z - e|^2 = argmin |e|^2/2 - z.e: |z|^2 is the same for every word, so it is left out."""
-        words_CV = self.embedding.weight.detach().float().t()
+        vectors_CV = self.embedding.weight.detach().float().t()
         chunks = [
-            torch.addmm(half_norms_V, rows, words_CV, alpha=-1).argmin(dim=1)
+            torch.addmm(half_norms_V, rows, vectors_CV, alpha=-1).argmin(dim=1)
             for rows in torch.split(rows_NC, ROWS_AT_ONCE)
         ]
         return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.int64, device=rows_NC.device)

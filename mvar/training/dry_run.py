@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mvar import ds_config
-from mvar.checkpoint.record import Progress, Record
+from mvar.checkpoint.record import CheckpointRecord, Progress
 from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit
 from mvar.errors import ConfigError
@@ -21,7 +21,7 @@ from mvar.plan.memory import Kernels, Setup, memory
 from mvar.plan.sizes import IMAGENET_IMAGES, Sizes
 from mvar.randomness import permuted, view_of
 from mvar.run.folder import RunFolder
-from mvar.run.names import folder_of, steps_in
+from mvar.run.names import folder_of, newest_step
 from mvar.run.world import choose_accelerator
 from mvar.schedule import FLAT_SHARE, Plan
 from mvar.training.job import going_on, prepare, summary
@@ -90,8 +90,8 @@ def _share(split: BatchSplit) -> int:
 def newest(config: TrainConfig) -> Progress | None:
     """Where the run folder's newest checkpoint stands; it is not verified."""
     folder = RunFolder(config.run).checkpoints
-    steps = steps_in(folder)
-    return Record.read(folder_of(folder, steps[-1])).progress if steps else None
+    step = newest_step(folder)
+    return None if step is None else CheckpointRecord.read(folder_of(folder, step)).progress
 
 
 def memory_lines(sizes: Sizes, setup: Setup, split: BatchSplit) -> Iterator[str]:

@@ -34,9 +34,12 @@ from mvar.model.kernels import fused
 from mvar.model.kernels.arithmetic import Arithmetic
 from mvar.model.mamba2 import DECAYS, Mamba2
 from mvar.model.transformer import MVAR, drop_path_rates
+from mvar.run.loop import Votes
 from mvar.run.world import World
 from mvar.schedule import Plan, decays
 from mvar.training.objective import Losses, Objective
+
+NO_VOTES = Votes()
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class StepResult:
     bad_samples: list[int]
     """Samples (numbers in the train split) whose loss was not finite."""
     loss_scale: float | None
-    votes: tuple[int, ...]
-    """How many ranks said yes to each of the questions that were put to the vote."""
+    votes: Votes
+    """Of all ranks together."""
 
 
 def build_model(config: TrainConfig, model: ModelConfig) -> MVAR:
@@ -129,7 +132,7 @@ class Engine:
 
     def initialise(self, values: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> None:
         """Fill in the weights a training starts from: `values(name, shape)`, by default a function of (seed, name)."""
-        values = values or self._initializer().value
+        values = values or Initializer(self.config.seed, self._model_config).value
         shapes = self.partition.shapes
 
         def initial(piece: Piece, kind: str) -> Tensor | None:
@@ -150,22 +153,10 @@ class Engine:
         for mixer, module in self._mixers.items():
             module.exact_3H = torch.stack([values[f"{mixer}.{part}"] for part in DECAYS])
 
-    def _initializer(self) -> Initializer:
-        model = self._model_config
-        return Initializer(
-            seed=self.config.seed,
-            depth=model.depth,
-            width=model.resolved_width,
-            init=model.init,
-            init_gamma=model.init_gamma,
-            init_head=model.init_head,
-            init_conditioning=model.init_conditioning,
-        )
-
-    def step(self, step: int, batches: Sequence[Batch], votes: Sequence[bool] = ()) -> StepResult:
+    def step(self, step: int, batches: Sequence[Batch], votes: Votes = NO_VOTES) -> StepResult:
         """One optimizer step, number `step` (0-based), over this rank's micro-batches.
 
-        `votes`: this rank's answers to questions of the caller's, counted over ranks at no extra cost.
+        `votes`: this rank's, counted over ranks at no extra cost.
         """
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
@@ -181,7 +172,7 @@ class Engine:
             self._publish_decays()
         if applied and self.config.optim.ema_decay:
             self.partition.average(self.config.optim.ema_decay)
-        averages, bad, counts = self._agree(found, batches, votes, self.plan.lesson(step).scales)
+        averages, bad, counts = self._agree(found, batches, votes, self.plan.curriculum_at(step).scales)
         self.skipped_steps += not applied
         scale = float(self._scaler.cur_scale) if self._scaler is not None else None
         return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, counts)
@@ -200,7 +191,7 @@ class Engine:
         drop_path_DGB = None
         if any(self._rates_D):
             drop_path_DGB = torch.from_numpy(randomness.drop_path(seed, step, batch.positions_B, self._rates_D))
-        return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB, self.plan.lesson(step))
+        return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB, self.plan.curriculum_at(step))
 
     def _update(self) -> tuple[float | None, bool]:
         """Clip and step, unless the gradient is not finite: its norm, and whether the update was made.
@@ -221,22 +212,22 @@ class Engine:
         return (norm if math.isfinite(norm) and norm >= 0 else None), bool(self._engine.was_step_applied())
 
     def _agree(
-        self, found: list[Losses], batches: Sequence[Batch], votes: Sequence[bool], scales: int
-    ) -> tuple[Averages, list[int], tuple[int, ...]]:
+        self, found: list[Losses], batches: Sequence[Batch], votes: Votes, scales: int
+    ) -> tuple[Averages, list[int], Votes]:
         """One sum over ranks a step: losses, whether anybody has a bad sample, and the votes."""
         loss_BS = torch.cat([losses.loss_BS for losses in found])
         correct_BS = torch.cat([losses.correct_BS for losses in found])
         indices_B = np.concatenate([batch.indices_B for batch in batches])
         self._last = loss_BS, indices_B
         bad_B = ~loss_BS.isfinite().all(dim=1)
-        counted = torch.tensor([int(bad_B.sum()), len(bad_B), *map(int, votes)], device=loss_BS.device)
+        counted = torch.tensor([int(bad_B.sum()), len(bad_B), *votes.numbers()], device=loss_BS.device)
         sums = self.world.sum(torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), counted]))
         losses, counts = sums[: -len(counted)], [int(count) for count in sums[-len(counted) :]]
         bad: list[int] = []
         if counts[0] > 0:
             bad_indices = indices_B[bad_B.cpu().numpy()].tolist()
             bad = [int(index) for part in self.world.gather(bad_indices) for index in part]
-        return self._averages(losses, counts[1], scales), bad, tuple(counts[2:])
+        return self._averages(losses, counts[1], scales), bad, Votes(*counts[2:])
 
     def worst_samples(self, count: int) -> list[int]:
         """Samples (numbers in the train split) of the last step with the highest losses over all ranks, worst first."""
@@ -292,7 +283,7 @@ class Engine:
             adam_steps=self.partition.adam_steps,
             skipped_steps=self.skipped_steps,
             loss_scaler=scaler,
-            stretches=self.plan.stretches,
+            stretches=self.plan.phases,
             validation_loss=validation_loss,
         )
 

@@ -19,12 +19,12 @@ from mvar.ds_config import BatchSplit
 from mvar.errors import ConfigError, TokenizerError
 from mvar.files.disk import sha256_of
 from mvar.plan.room import require_room
-from mvar.schedule import Plan, Stretch
+from mvar.schedule import BatchPhase, Plan
 from mvar.version import __version__
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """Everything that follows from configuration, store and number of ranks."""
 
     config: TrainConfig
@@ -41,7 +41,7 @@ class Job:
         return Identity(self.config, self.model, self.store_sha256, versions())
 
 
-def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> Job:
+def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> TrainingJob:
     """Open and check what the run needs, before anything is allocated. `ranks_here`: those of this machine.
 
     Raises MvarError.
@@ -61,7 +61,7 @@ def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> Job:
     require_room(config, model, tree["zero_optimization"], ranks, ranks_here)
     if config.tracking.sample_every:
         check_tokenizer(config, store)
-    return Job(
+    return TrainingJob(
         config=config,
         model=model,
         store=store,
@@ -86,13 +86,13 @@ def check_tokenizer(config: TrainConfig, store: CodeStore) -> None:
         )
 
 
-def going_on(job: Job, progress: Progress) -> Job:
+def going_on(job: TrainingJob, progress: Progress) -> TrainingJob:
     """The job with the plan of a run that has come so far, perhaps with another global batch from here on."""
     batch = job.config.global_batch
-    stretches = progress.stretches
-    if not stretches or stretches[-1].global_batch != batch:
-        stretches += (Stretch(progress.step, progress.samples, batch),)
-    return replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
+    phases = progress.stretches
+    if not phases or phases[-1].global_batch != batch:
+        phases += (BatchPhase(progress.step, progress.samples, batch),)
+    return replace(job, plan=Plan.of(job.config, len(job.store.split("train")), phases))
 
 
 def versions() -> dict[str, str]:
@@ -104,7 +104,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def summary(job: Job, parameters: int, stage: int) -> str:
+def summary(job: TrainingJob, parameters: int, stage: int) -> str:
     plan, split, config = job.plan, job.split, job.config
     return (
         f"{parameters:,} parameters, {job.model.num_classes} classes,"

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from mvar.config import ModelConfig
+from mvar.config import ModelConfig, PeakSetting
 from mvar.plan.flops import flops
 from mvar.plan.gpus import recognise
 from mvar.plan.sizes import Sizes
 from mvar.run.world import World
 
-PeakSetting = Literal["auto", "measure"] | float
 SIDE = 2048
 MEASURED_S = 0.5
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvar.model.token_loss import TokenLosses
 from mvar.scales import ScalePyramid
-from mvar.schedule import Lesson
+from mvar.schedule import CurriculumPoint
 from mvar.tokenizer.quantizer import Quantizer
 
 ModelCall = Callable[..., Any]
@@ -51,15 +51,15 @@ class Objective:
         codes_BL: Tensor,
         labels_B: Tensor,
         drop_path_DGB: Tensor | None = None,
-        lesson: Lesson | None = None,
+        curriculum: CurriculumPoint | None = None,
     ) -> Losses:
         """`codes_BL`, `labels_B`: int64, labels already dropped; `drop_path_DGB`: see MVAR.forward.
 
-        `lesson`: with fewer scales than there are, only their tokens are computed; other sums are 0.
+        `curriculum`: with fewer scales than there are, only their tokens are computed; other sums are 0.
         """
         codes_BL = codes_BL.to(self.device)
-        lesson = lesson or Lesson(self.pyramid.num_scales)
-        begin, end = (self.pyramid.offsets[scale] for scale in (lesson.scales - 1, lesson.scales))
+        curriculum = curriculum or CurriculumPoint(self.pyramid.num_scales)
+        begin, end = (self.pyramid.offsets[scale] for scale in (curriculum.scales - 1, curriculum.scales))
         with torch.no_grad():
             x_BLC = self.quantizer.inputs_from_codes(codes_BL)[:, : end - self.pyramid.lengths[0]]
         drop = None if drop_path_DGB is None else drop_path_DGB.to(self.device)
@@ -67,7 +67,7 @@ class Objective:
             labels_B.to(self.device),
             x_BLC,
             drop_path_DGB=drop,
-            scales=range(lesson.scales),
+            scales=range(curriculum.scales),
             codes_BL=codes_BL[:, :end],
             label_smoothing=self.label_smoothing if torch.is_grad_enabled() else 0.0,
         )
@@ -75,7 +75,7 @@ class Objective:
         loss = losses.loss_BL.mean()
         if end < self.pyramid.total:  # The mean over all tokens, of which those of the scales to come count nothing.
             newest, known = losses.loss_BL[:, begin:].sum(), losses.loss_BL[:, :begin].sum()
-            loss = (known + lesson.newest_weight * newest) / codes_BL.numel()
+            loss = (known + curriculum.newest_weight * newest) / codes_BL.numel()
         return Losses(loss, self._by_scale(losses.nll_BL), self._by_scale(losses.correct_BL))
 
     def _by_scale(self, values_BL: Tensor) -> Tensor:

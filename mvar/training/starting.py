@@ -11,16 +11,19 @@ from mvar.checkpoint.record import require_same
 from mvar.checkpoint.weights import initial_values
 from mvar.config import TrainConfig
 from mvar.errors import TrainingError
+from mvar.files.disk import write_text
 from mvar.run.folder import RunFolder
 from mvar.run.world import World
-from mvar.schedule import Plan, Stretch
+from mvar.schedule import BatchPhase, Plan
 from mvar.settings import dump
 from mvar.training.engine import Engine
-from mvar.training.job import Job, going_on, summary
+from mvar.training.job import TrainingJob, going_on, summary
 from mvar.training.stability import DivergedError
 
 
-def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: bool = False) -> tuple[Job, Path | None]:
+def choose_checkpoint(
+    run: RunFolder, job: TrainingJob, world: World, *, change_batch: bool = False
+) -> tuple[TrainingJob, Path | None]:
     """The newest good checkpoint, if it is of this very run, and the job as it goes on from there; None where a run may
     begin. Raises CheckpointError."""
     found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
@@ -31,7 +34,7 @@ def choose_checkpoint(run: RunFolder, job: Job, world: World, *, change_batch: b
     return world.together(lambda: going_on(job, record.progress)), found
 
 
-def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | None) -> int:
+def begin(engine: Engine, run: RunFolder, job: TrainingJob, world: World, found: Path | None) -> int:
     """Take up a checkpoint, or begin; returns the steps done. Writes the run's config.yaml."""
     if found is not None:
         done, where = engine.restore(found), f"going on from {found.name}"
@@ -44,11 +47,14 @@ def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | 
         done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
     if world.is_main:
         run.finished.unlink(missing_ok=True)
-        run.config.write_text(dump(job.config), encoding="utf-8")
+        write_text(run.config, dump(job.config))
         print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
         print("\n".join(f"  {name}: {choice}" for name, choice in engine.choices.items()), flush=True)
-        if len(job.plan.stretches) > 1:
-            print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)
+        if len(job.plan.phases) > 1:
+            print(
+                f"  global batch by first step: {[(phase.step, phase.global_batch) for phase in job.plan.phases]}",
+                flush=True,
+            )
     return done
 
 
@@ -61,7 +67,9 @@ def beyond_help(bad: DivergedError, config: TrainConfig) -> TrainingError:
     )
 
 
-def go_back(engine: Engine, run: RunFolder, job: Job, world: World, bad: DivergedError) -> tuple[Job, int]:
+def go_back(
+    engine: Engine, run: RunFolder, job: TrainingJob, world: World, bad: DivergedError
+) -> tuple[TrainingJob, int]:
     """Take up the last checkpoint from before the bad steps, and skip the data up to their end. Raises MvarError."""
     world.together(lambda: set_aside_after(run.checkpoints, bad.first) if world.is_main else None)
     found = choose(run.checkpoints, world, trust_sizes=job.config.checkpoint.trust_sizes)
@@ -71,9 +79,9 @@ def go_back(engine: Engine, run: RunFolder, job: Job, world: World, bad: Diverge
     assert found is not None
     done = engine.restore(found)
     begin, end = job.plan.samples(done), job.plan.samples(bad.done)
-    kept = tuple(stretch for stretch in job.plan.stretches if stretch.step <= done)
-    stretches = (*kept, Stretch(done, end, job.config.global_batch))
-    job = replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
+    kept = tuple(phase for phase in job.plan.phases if phase.step <= done)
+    phases = (*kept, BatchPhase(done, end, job.config.global_batch))
+    job = replace(job, plan=Plan.of(job.config, len(job.store.split("train")), phases))
     engine.plan = job.plan
     if world.is_main:
         print(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.run.names import folder_of
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import Ranks
@@ -32,7 +32,7 @@ def test_a_run_begins_with_the_weights_of_another_on_any_ranks_and_pyramid(tmp_p
         text = run(tmp_path, again, ranks, "max_steps=2", "optim.ema_decay=0.5")
         assert "beginning with the weights of" in text
         begins.append(losses(tmp_path / f"again{ranks}"))
-        saved = Reader(folder_of(tmp_path / f"again{ranks}" / "checkpoints", 2))
+        saved = CheckpointReader(folder_of(tmp_path / f"again{ranks}" / "checkpoints", 2))
         assert saved.record.progress.samples == 16 and saved.record.progress.adam_steps == 2
     assert begins[1] == pytest.approx(begins[0], rel=1e-5)
     assert begins[0][0] < losses(tmp_path / "first")[0] - 0.5

@@ -39,8 +39,9 @@ def run_and_die(config: str, victim: int, point: str, count: int) -> int:
 
 def arm(point: str, count: int) -> None:
 
-    from mvar.checkpoint import choosing, saver, saving, tensors
-    from mvar.checkpoint.loading import Reader
+    from mvar.checkpoint import saver, tensors
+    from mvar.checkpoint.loading import CheckpointReader
+    from mvar.files import disk
     from mvar.run.tracking import JsonLines
     from mvar.training.engine import Engine
 
@@ -48,11 +49,11 @@ def arm(point: str, count: int) -> None:
         "step": (Engine, "_update"),
         "snapshot": (saver.Saver, "_snapshot"),
         "write": (tensors, "_chunks"),
-        "sync": (saving, "sync_folder"),
+        "sync": (disk, "sync_folder"),
         "commit": (os, "rename"),
         "retention": (shutil, "rmtree"),
-        "load": (Reader, "read"),
-        "choose": (choosing, "sha256_of"),
+        "load": (CheckpointReader, "read"),
+        "choose": (disk, "sha256_of"),
         "metrics": (JsonLines, "write"),
     }[point]
     original: Callable[..., Any] = getattr(owner, name)
@@ -163,10 +164,10 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors_of(run: Path, kind: str) -> dict[str, bytes]:
-    from mvar.checkpoint.loading import Reader
+    from mvar.checkpoint.loading import CheckpointReader
 
     checkpoints = run / "checkpoints"
-    reader = Reader(folder_of(checkpoints, steps_in(checkpoints)[-1]))
+    reader = CheckpointReader(folder_of(checkpoints, steps_in(checkpoints)[-1]))
     sizes = {name: math.prod(shape) for name, shape in reader.record.shapes.items()}
     return {name: reader.read(name, kind, 0, size).numpy().tobytes() for name, size in sizes.items()}
 

@@ -14,6 +14,7 @@ from PIL import Image
 from mvar import sample
 from mvar.cli import main as mvar
 from mvar.config import ModelConfig
+from mvar.files.disk import host_name
 from mvar.images.sources import ImageFolder
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
@@ -33,7 +34,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         depth=2, width=64, heads=2, num_classes=CLASSES, patch_nums=PYRAMID, vocab_size=32, latent_channels=4
     )
     model = MVAR.from_config(config, num_classes=CLASSES)
-    init_weights_(model, 0, init_gamma=1.0, init_head=2.0, init_conditioning=1.0)
+    init_weights_(model, 0, ModelConfig(init_gamma=1.0, init_head=2.0, init_conditioning=1.0))
     save_weights(folder / "model.safetensors", config, model.state_dict())
     torch.manual_seed(0)
     save_tokenizer(folder / "tokenizer.safetensors", VQVAE(32, 4, 32, PYRAMID, channel_mult=(1, 1), res_blocks=1))
@@ -79,7 +80,7 @@ def test_tasks_batches_and_interruptions_do_not_change_the_folder(places: list[s
     expected = images(whole)
     (whole / "1/00002.png").unlink()
     (whole / "3/00000.png").unlink()
-    (whole / "3/.00000.png.123.tmp").write_bytes(b"half")
+    (whole / f"3/.00000.png~{host_name()}~123~00000000.tmp").write_bytes(b"half")
     untouched = (whole / "2/00001.png").stat().st_mtime_ns
     assert draw(places, "--per-class", "3", "--out", str(whole)) == 0
     assert images(whole) == expected

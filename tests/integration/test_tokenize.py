@@ -26,7 +26,7 @@ from data_prep.verify import contact_sheet, some_samples, verify
 from mvar.cli import main as mvar
 from mvar.data.manifest import MANIFEST
 from mvar.data.store import CodeStore
-from mvar.errors import BackendError, ConfigError, ImageError, StoreError
+from mvar.errors import BackendError, ConfigError, ImageError, StoreError, WriteError
 from mvar.files.disk import remove_stale, writing
 from mvar.images.arrays import from_uint8
 from mvar.images.sources import ImageFolder
@@ -363,7 +363,7 @@ def test_an_unreadable_image_stops_the_task_and_leaves_no_half_written_shard(inp
 
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
     path = tmp_path / "shard.tar"
-    with pytest.raises(StoreError, match=r"shard\.tar: cannot be written \(No space left"), writing(path) as file:
+    with pytest.raises(WriteError, match=r"shard\.tar: cannot be written \(No space left"), writing(path) as file:
         file.write(b"half")
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())

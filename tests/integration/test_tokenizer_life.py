@@ -124,7 +124,7 @@ def test_a_training_with_all_terms_gets_better_on_pictures_it_has_not_seen(finis
     assert len(validations[-1]["psnr_db_per_scale"]) == 3
     steps = records(finished, "train")
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
-    assert ["critic" in record for record in steps] == [False] * 4 + [True] * (STEPS - 4)
+    assert ["discriminator_loss" in record for record in steps] == [False] * 4 + [True] * (STEPS - 4)
     assert all(record["perceptual"] > 0 for record in steps)
     assert sum(record["revived"] for record in steps) > 0
     drawn = [record["file"] for record in records(finished, "sample")]
@@ -270,7 +270,7 @@ def test_measurements_reach_tensorboard(files, tmp_path):
     assert run(files, tmp_path / "out", "steps=2", "loss.adversarial_start=0", "tensorboard=true") == 0
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     events.Reload()
-    assert {"train/perceptual", "train/critic", "val/psnr_db", "val/perplexity_per_scale/03"} <= set(
+    assert {"train/perceptual", "train/discriminator_loss", "val/psnr_db", "val/perplexity_per_scale/03"} <= set(
         events.Tags()["scalars"]
     )
     assert events.Tags()["images"] == ["samples"]

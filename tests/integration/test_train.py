@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvar.checkpoint.record import Record
+from mvar.checkpoint.record import CheckpointRecord
 from mvar.checkpoint.saving import save
 from mvar.cli import main as cli
 from mvar.config import TrainConfig
@@ -25,7 +25,7 @@ from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import REPOSITORY, Ranks, run_ranks
 from mvar.testing.tiny_runs import config, losses, records, write_config
 from mvar.training.engine import Engine
-from mvar.training.job import Job, prepare
+from mvar.training.job import TrainingJob, prepare
 from mvar.training.objective import Losses, Objective
 
 
@@ -41,20 +41,20 @@ def trees(folder: Path, store: Path, cases: dict[str, dict[str, Any]]) -> dict[s
     }
 
 
-def build(world: World, tree: dict[str, Any]) -> tuple[Engine, Job]:
+def build(world: World, tree: dict[str, Any]) -> tuple[Engine, TrainingJob]:
     job = prepare(TrainConfig.model_validate(tree), world.size)
     engine = Engine(job.config, job.model, job.plan, job.split, Objective(job.store.quantizer(), world.device), world)
     return engine, job
 
 
-def batches_of(job: Job, world: World, step: int) -> list[Batch]:
+def batches_of(job: TrainingJob, world: World, step: int) -> list[Batch]:
     """This rank's micro-batches of a step, read here and now."""
     micro, share = job.split.micro_batch, job.config.global_batch // world.size
     starts = range(world.rank * share, (world.rank + 1) * share, micro)
     return [job.stream.batch(step * job.config.global_batch, start, micro) for start in starts]
 
 
-def run_steps(engine: Engine, job: Job, world: World, first: int, last: int) -> list[float]:
+def run_steps(engine: Engine, job: TrainingJob, world: World, first: int, last: int) -> list[float]:
     return [engine.step(step, batches_of(job, world, step)).averages.loss for step in range(first, last)]
 
 
@@ -241,7 +241,7 @@ def with_apex_like(world: World, trees: dict[str, Any]) -> dict[str, Any]:
     sys.modules |= {"apex": types.ModuleType("apex"), "apex.optimizers": fake}
     found = run_variants(world, trees)
     for tree in trees.values():
-        assert Record.read(folder_of(Path(tree["run"]), 5)).progress.adam_steps == 5
+        assert CheckpointRecord.read(folder_of(Path(tree["run"]), 5)).progress.adam_steps == 5
     return found
 
 

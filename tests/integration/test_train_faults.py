@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from mvar.checkpoint.choosing import verify
-from mvar.checkpoint.record import Record
+from mvar.checkpoint.record import CheckpointRecord
 from mvar.run.history import History
 from mvar.run.names import folder_of, steps_in
 from mvar.testing.code_stores import make_store
@@ -340,7 +340,7 @@ def test_one_rank_that_is_asked_to_stop_makes_all_save_the_same_step(
     assert steps_in(run / "checkpoints")[-1] == done
     ending = History(run).starts()[-1]
     assert (ending.code, ending.end_step) == (75, done) and ending.reason
-    assert Record.read(folder_of(run / "checkpoints", done)).progress.step == done
+    assert CheckpointRecord.read(folder_of(run / "checkpoints", done)).progress.step == done
     finish(tmp_path, config, calm)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mvar.checkpoint.choosing import choose
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
 from mvar.run.launcher import Place
@@ -123,7 +123,7 @@ def test_a_run_may_change_ranks_stage_and_micro_batch_on_its_way(tmp_path: Path,
     assert losses(tmp_path / "elastic") == pytest.approx(expected, rel=1e-5)
     resumes = [(r["step"], r["world"], r["zero_stage"]) for r in records(tmp_path / "elastic", "resume")]
     assert resumes == [(0, 1, 1), (5, 2, 3), (10, 4, 2), (15, 3, 3), (20, 1, 0)]
-    ours, calm = (Reader(folder_of(tmp_path / run / "checkpoints", 25)) for run in ("elastic", "undisturbed"))
+    ours, calm = (CheckpointReader(folder_of(tmp_path / run / "checkpoints", 25)) for run in ("elastic", "undisturbed"))
     for name, shape in calm.record.shapes.items():
         pair = [reader.read(name, "ema", 0, math.prod(shape)) for reader in (ours, calm)]
         torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5)
@@ -136,7 +136,7 @@ def test_a_moving_average_may_begin_and_end_on_the_way(tmp_path: Path, store: Pa
     for until, decay in ((5, 0), (8, 0.5), (12, 0.5), (25, 0)):
         finish(tmp_path, config, 1, f"max_steps={until}", f"optim.ema_decay={decay}", "checkpoint.keep_last=9")
     assert losses(tmp_path / "run") == expected
-    saved = {step: Reader(folder_of(tmp_path / "run" / "checkpoints", step)) for step in (5, 8, 12, 25)}
+    saved = {step: CheckpointReader(folder_of(tmp_path / "run" / "checkpoints", step)) for step in (5, 8, 12, 25)}
     assert ["ema" in saved[step].record.kinds for step in saved] == [False, True, True, False]
     begin, end, average = (
         saved[step].read("head.weight", kind, 0, 64) for step, kind in ((5, "weight"), (8, "weight"), (8, "ema"))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mvar import ds_config
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.partition import KINDS
 from mvar.checkpoint.saving import save
 from mvar.checkpoint.weights import load_weights
@@ -33,7 +33,7 @@ from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import run_ranks
 from mvar.testing.tiny_runs import STAGES, config
 from mvar.training.engine import Engine, parameter_groups
-from mvar.training.job import Job, prepare
+from mvar.training.job import TrainingJob, prepare
 from mvar.training.objective import Objective
 
 STEPS, SAVED_AT = 20, 8
@@ -42,13 +42,13 @@ OTHER = {"0": "1", "1": "2", "2": "0", "3": "2"}
 """Stage -> the stage whose checkpoint it also goes on from."""
 
 
-def build(world: World, tree: dict[str, Any]) -> tuple[Engine, Job]:
+def build(world: World, tree: dict[str, Any]) -> tuple[Engine, TrainingJob]:
     job = prepare(TrainConfig.model_validate(tree), world.size)
     objective = Objective(job.store.quantizer(), world.device)
     return Engine(job.config, job.model, job.plan, job.split, objective, world), job
 
 
-def run_steps(engine: Engine, job: Job, world: World, first: int, last: int) -> list[list[float]]:
+def run_steps(engine: Engine, job: TrainingJob, world: World, first: int, last: int) -> list[list[float]]:
     """[loss, gradient norm] of each step."""
     found = []
     stream = job.stream.rank_batches(first * job.config.global_batch, world.rank, world.size, job.split.micro_batch)
@@ -158,8 +158,8 @@ def test_going_on_in_another_stage_stays_within_rounding(trained: Trained) -> No
 def test_restored_weights_and_moments_are_the_saved_bits(trained: Trained) -> None:
     for stage in STAGES:
         for label, source in (("same", str(stage)), ("other", OTHER[str(stage)])):
-            saved = Reader(folder_of(trained.folder / f"stage{source}", SAVED_AT))
-            again = Reader(folder_of(trained.folder / f"stage{stage}-from-{label}", SAVED_AT))
+            saved = CheckpointReader(folder_of(trained.folder / f"stage{source}", SAVED_AT))
+            again = CheckpointReader(folder_of(trained.folder / f"stage{stage}-from-{label}", SAVED_AT))
             assert saved.record.progress == again.record.progress
             for name, shape in saved.record.shapes.items():
                 for kind in KINDS:
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_any_stage_is_exported_without_the_ranks_that_wrote_it(
 ) -> None:
     folder = folder_of(trained.folder / f"stage{stage}", SAVED_AT)
     assert mvar(["export", "--weights", str(folder), "--out", str(tmp_path / "model.safetensors")]) == 0
-    saved = Reader(folder)
+    saved = CheckpointReader(folder)
     _, exported = load_weights(tmp_path / "model.safetensors")
     assert exported.keys() == saved.record.shapes.keys()
     for name, shape in saved.record.shapes.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from mvar.checkpoint.partition import KINDS
 from mvar.checkpoint.published import published_state_dict
 from mvar.checkpoint.weights import Weights, load_weights, open_weights
-from mvar.errors import CheckpointError, MvarError
+from mvar.errors import CheckpointError, MvarError, WriteError
 from mvar.export import GB, main, write_safetensors
 from mvar.model.transformer import MVAR
 from mvar.run.names import folder_of
@@ -135,7 +135,7 @@ def test_a_failure_leaves_what_was_there(
 
     monkeypatch.setattr(os, "fsync", full)
     for place in places:
-        with pytest.raises(CheckpointError, match="No space left on device"):
+        with pytest.raises(WriteError, match="No space left on device"):
             main(["--weights", str(run), "--out", str(tmp_path / place), *layouts.get(place, [])])
     assert {place: (tmp_path / place).stat().st_mtime_ns for place in places} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*places, "run"])

@@ -65,8 +65,8 @@ def test_damaged_files_are_named_and_stay(run: Path, capsys: pytest.CaptureFixtu
     files[2].unlink()
     assert main([str(folder)]) == 1
     text = capsys.readouterr().out
-    assert "3 damaged" in text and "its SHA-256 is another" in text
-    assert "has 5 bytes" in text and "No such file" in text
+    assert "3 damaged" in text and "its sha256 is not the one" in text
+    assert "damaged, 5 bytes instead of" in text and "No such file" in text
     problems = [file.problem is None for file in inspect(folder, digests=False).files]
     assert problems == [True, False, False]  # A flipped bit shows in the digest only.
     assert main([str(folder_of(run / "checkpoints", 6))]) == 0

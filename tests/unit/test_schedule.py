@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mvar.config import TrainConfig
-from mvar.schedule import Plan, Stretch, decays, lr_share, weight_decay
+from mvar.schedule import BatchPhase, Plan, decays, lr_share, weight_decay
 from tests.golden import golden_json
 
 
@@ -45,7 +45,7 @@ def plan(images: int = 1000, **changes: object) -> Plan:
 def test_a_changed_batch_goes_on_at_the_same_share_of_the_images() -> None:
     whole, config = plan(images=1000, epochs=4), {"epochs": 4, "global_batch": 200}
     tree: dict[str, object] = {"run": "r", "data": {"store": "s"}} | config
-    changed = Plan.of(TrainConfig.model_validate(tree), 1000, (Stretch(0, 0, 100), Stretch(15, 1500, 200)))
+    changed = Plan.of(TrainConfig.model_validate(tree), 1000, (BatchPhase(0, 0, 100), BatchPhase(15, 1500, 200)))
     straight = Plan.of(TrainConfig.model_validate(tree), 1000)
     assert whole.last_step == 40 and changed.last_step == 15 + math.ceil(2500 / 200)
     assert [changed.samples(step) for step in (0, 14, 15, 16)] == [0, 1400, 1500, 1700]
@@ -88,17 +88,17 @@ def test_shortest_runs_have_a_finite_rate(kind: str) -> None:
 def test_finer_scales_join_one_by_one_between_warm_up_and_the_given_share() -> None:
     config = {"optim": {"progressive": 0.5, "progressive_scales": 7, "warmup_epochs": 0.2}, "epochs": 10}
     made = plan(images=1000, **config)  # 100 steps, 2 of warm-up; all ten scales from step 50 on
-    scales = [made.lesson(step).scales for step in range(100)]
+    scales = [made.curriculum_at(step).scales for step in range(100)]
     assert scales[:2] == [7, 7] and scales == sorted(scales) and scales[50:] == [10] * 50
     assert [scales.index(count) for count in (8, 9, 10)] == [11, 26, 43]
-    assert {made.lesson(step).newest_weight for step in range(100)} == {1.0}
-    assert plan().lesson(0).scales == plan().lesson(19).scales == 10
+    assert {made.curriculum_at(step).newest_weight for step in range(100)} == {1.0}
+    assert plan().curriculum_at(0).scales == plan().curriculum_at(19).scales == 10
 
 
 def test_a_new_scale_gains_weight_over_its_ramp() -> None:
     optim = {"progressive": 0.5, "progressive_scales": 7, "warmup_epochs": 0.2, "progressive_warmup_epochs": 0.8}
     made = plan(images=1000, optim=optim, epochs=10)  # A ramp of 8 steps.
-    weights = [made.lesson(step).newest_weight for step in range(10, 26)]
+    weights = [made.curriculum_at(step).newest_weight for step in range(10, 26)]
     assert weights[0] == 1.0 and weights[1] < 0.2 and weights[9] == 1.0  # From step 11 to 19.
     assert weights[1:10] == sorted(weights[1:10])
-    assert made.lesson(60).newest_weight == 1.0
+    assert made.curriculum_at(60).newest_weight == 1.0

@@ -18,15 +18,12 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mvar.config import Precision, Switch
 from mvar.errors import BackendError
-
-Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
-Switch = Literal["auto", "on", "off"]
 
 _TRITON_DOTS = "TRITON_F32_DEFAULT"
 """How Triton multiplies fp32 where a kernel does not say: mamba-ssm's do not, and Triton's default is TF32."""

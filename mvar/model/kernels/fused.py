@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvar.config import Switch
 from mvar.errors import BackendError
 from mvar.model.kernels import mamba_ops
-from mvar.model.kernels.arithmetic import Switch
 from mvar.model.kernels.launch import usable
 from mvar.model.kernels.optional import Choice, load
 from mvar.model.kernels.precision import wide

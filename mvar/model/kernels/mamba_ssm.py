@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mvar.config import MambaBackend
 from mvar.errors import BackendError
 from mvar.model.kernels.optional import Choice, load
-
-MambaBackend = Literal["auto", "torch", "mamba_ssm"]
 
 CHUNK = 128
 """Tokens of a chunk. Forward and backward of the fused mixer on an H200 (64 images of 680 tokens, C 1024, bf16): 5.1 ms

@@ -40,8 +40,8 @@ def start_codebook_(quantizer: Quantizer, f_BChw: Tensor, seed: int) -> None:
     rows_NC = torch.cat(
         [quantizer.shrunk(f_BChw.float(), k).flatten(2).mT.flatten(0, 1) for k in range(len(lengths_S))]
     )
-    words_V = torch.arange(quantizer.vocab_size, device=f_BChw.device)
-    quantizer.embedding.weight[words_V] = _drawn(rows_NC, words_V, seed, "codebook_start", 0)
+    entries_V = torch.arange(quantizer.vocab_size, device=f_BChw.device)
+    quantizer.embedding.weight[entries_V] = _drawn(rows_NC, entries_V, seed, "codebook_start", 0)
     for number in range(1, START_ROUNDS):
         quantized = quantizer(f_BChw)
         unused_W = (torch.bincount(quantized.codes_BL.flatten(), minlength=quantizer.vocab_size) == 0).nonzero()[:, 0]
@@ -76,7 +76,7 @@ def revive_(quantizer: Quantizer, residuals_NC: Rows, below: float, seed: int, s
     return dead_W
 
 
-def _drawn(rows_NC: Rows, words_W: Tensor, seed: int, stream: str, step: int) -> Tensor:
+def _drawn(rows_NC: Rows, entries_W: Tensor, seed: int, stream: str, step: int) -> Tensor:
     """One of the rows for each word."""
-    picks = (uniform(seed, stream, step, words_W.cpu().numpy()) * len(rows_NC)).astype(np.int64)
-    return rows_NC[torch.from_numpy(picks).to(words_W.device)]
+    picks = (uniform(seed, stream, step, entries_W.cpu().numpy()) * len(rows_NC)).astype(np.int64)
+    return rows_NC[torch.from_numpy(picks).to(entries_W.device)]

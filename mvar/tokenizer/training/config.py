@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from mvar.config import DeviceChoice, WandbMode
 from mvar.errors import MvarError
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
-from mvar.settings import Fraction, Section
+from mvar.settings import Fraction, Section, flat
 
 SMALLEST_SEEN = 16
 """Pixels of a side that VGG-16's four halvings leave one of."""
@@ -18,7 +19,7 @@ FILES = frozenset({"loss.perceptual_backbone", "loss.perceptual_heads"})
 
 
 def patches(side: int, layers: int) -> int:
-    """Patches along a side that a critic of so many halvings judges in pictures of `side` pixels."""
+    """Patches along a side that a discriminator of so many halvings judges in pictures of `side` pixels."""
     return (side >> layers) - 2
 
 
@@ -63,13 +64,18 @@ class LossConfig(Section):
     )
     perceptual_heads: Path | None = Field(None, description="LPIPS's linear heads; default: all channels count alike")
     adversarial: NonNegativeFloat = Field(
-        0.0, description="critic's opinion; multiplies the adaptive weight, which equals the other terms' gradients"
+        0.0,
+        description="generator loss; multiplies the adaptive weight, which equals the other terms' gradients",
     )
-    adversarial_start: NonNegativeInt = Field(0, description="first step of critic and adversarial term")
+    adversarial_start: NonNegativeInt = Field(0, description="first step of discriminator and adversarial term")
     adversarial_largest: PositiveFloat = Field(1e4, description="largest adaptive weight, before the multiplication")
-    adversarial_lr_scale: PositiveFloat = Field(1.0, description="learning rate of the critic / of the tokenizer")
-    adversarial_channels: PositiveInt = Field(64, description="channels of the critic's first layer")
-    adversarial_layers: PositiveInt = Field(3, description="halvings of the side in the critic; 3: patches of 70 px")
+    adversarial_lr_scale: PositiveFloat = Field(
+        1.0, description="learning rate of the discriminator / of the tokenizer"
+    )
+    adversarial_channels: PositiveInt = Field(64, description="channels of the discriminator's first layer")
+    adversarial_layers: PositiveInt = Field(
+        3, description="halvings of the side in the discriminator; 3: patches of 70 px"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> LossConfig:
@@ -115,13 +121,13 @@ class TokenizerTrainConfig(Section):
     revive_below: NonNegativeFloat = Field(0.05, description="a word is dead below this share of the mean usage")
     revive_until: Fraction = Field(0.7, description="share of the training after which no word is revived")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="convolutions; auto: bf16 if fast here")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto: a GPU if there is one")
+    device: DeviceChoice = Field("auto", description="where to train; auto: a GPU if there is one")
     threads: PositiveInt | None = Field(None, description="CPU threads of a process; default: cores / processes here")
     log_every: PositiveInt = Field(20, description="steps between two status lines")
     validate_every: NonNegativeInt = Field(500, description="steps between measurements of quality; 0: only at the end")
     save_every: PositiveInt = Field(200, description="steps between two saved states")
     grid_images: PositiveInt = Field(32, description="pictures in the reconstruction grid")
-    wandb: Literal["offline", "online", "disabled"] = Field("disabled", description="Weights & Biases")
+    wandb: WandbMode = Field("disabled", description="Weights & Biases")
     wandb_project: str = Field("mvar-tokenizer", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events into the out folder")
     stop_before_end_s: NonNegativeFloat = Field(180, description="save and stop so long before Slurm's time limit")
@@ -157,12 +163,5 @@ class TokenizerTrainConfig(Section):
             *("log_every", "validate_every", "save_every", "grid_images", "wandb", "wandb_project", "tensorboard"),
             *("stop_before_end_s", "takeover_s", "watchdog_s"),
         }
-        flat = _flat(self.model_dump(mode="json", exclude=indifferent))
-        return {key: value for key, value in flat.items() if key not in FILES}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        settings = flat(self.model_dump(mode="json", exclude=indifferent))
+        return {key: value for key, value in settings.items() if key not in FILES}

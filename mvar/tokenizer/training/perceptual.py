@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvar.errors import TokenizerError
 from mvar.tokenizer.files import read_weights
-from mvar.tokenizer.training.losses import Rebuilt
+from mvar.tokenizer.training.losses import Reconstruction
 
 STAGES: tuple[tuple[int, ...], ...] = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """Numbers of VGG-16's convolutions in `features`; each has a ReLU after it, each stage but the last a 2x2 maximum.
@@ -64,12 +64,14 @@ class Perceptual(nn.Module):
         self.register_buffer("std_1C11", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, batch: Rebuilt) -> Tensor:
+    def forward(self, batch: Reconstruction) -> Tensor:
         """A scalar: the mean distance of the images."""
         with torch.no_grad():
             originals = self.maps(batch.images_BCHW)
-        distance = batch.rebuilt_BCHW.new_zeros(())
-        for stage, (own_BDhw, other_BDhw) in enumerate(zip(self.maps(batch.rebuilt_BCHW), originals, strict=True)):
+        distance = batch.reconstructed_BCHW.new_zeros(())
+        for stage, (own_BDhw, other_BDhw) in enumerate(
+            zip(self.maps(batch.reconstructed_BCHW), originals, strict=True)
+        ):
             difference_BDhw = (own_BDhw - other_BDhw).square()
             if self.heads is not None:
                 difference_BDhw = difference_BDhw * self.heads[stage]

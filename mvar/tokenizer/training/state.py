@@ -1,7 +1,7 @@
 """The saved state of a tokenizer's training: one safetensors file, and the one before it.
 
-    state.safetensors          the newest: weights, their averages, moments, the critic's; metadata `mvar` with the
-                               step, what may not change in a training, and a digest over all tensors
+    state.safetensors          the newest: weights, their averages, moments, the discriminator's; metadata `mvar` with
+                               the step, what may not change in a training, and a digest over all tensors
     state-before.safetensors   the one before, in case the newest is damaged
 
 Each is complete or absent, whatever kills the process.
@@ -9,7 +9,6 @@ Each is complete or absent, whatever kills the process.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -23,13 +22,14 @@ import safetensors.torch
 from torch import Tensor
 
 from mvar.errors import CheckpointError
-from mvar.tokenizer.files import digest_of, write_atomically
+from mvar.files.disk import place, remove_stale, write_file
+from mvar.tokenizer.files import digest_of
 
 FORMAT = 2
 
 
 @dataclass(frozen=True)
-class State:
+class TokenizerTrainingState:
     """Float32 tensors on the CPU by name, steps done, and what may not change when it is taken up."""
 
     step: int
@@ -61,8 +61,8 @@ class StateFile:
     def exists(self) -> bool:
         return self.path.exists() or self.before.exists()
 
-    def write(self, state: State) -> None:
-        """Make `state` the newest one; what was the newest becomes the one before. Raises CheckpointError."""
+    def write(self, state: TokenizerTrainingState) -> None:
+        """Make `state` the newest one; what was the newest becomes the one before. Raises WriteError."""
         header = {
             "kind": "tokenizer-training",
             "format": FORMAT,
@@ -70,17 +70,11 @@ class StateFile:
             "identity": state.identity,
             "digest": digest_of(state.tensors),
         }
-        try:
-            data = safetensors.torch.save(state.tensors, {"mvar": json.dumps(header, sort_keys=True)})
-            self._keep_newest()
-            write_atomically(self.path, data)
-        except OSError as error:
-            raise CheckpointError(
-                f"training state {self.path}: cannot be written ({error.strerror}). Free some space; the state saved"
-                " before is whole, and the same command goes on from it."
-            ) from None
+        data = safetensors.torch.save(state.tensors, {"mvar": json.dumps(header, sort_keys=True)})
+        self._keep_newest()
+        write_file(self.path, data)
 
-    def read(self) -> State:
+    def read(self) -> TokenizerTrainingState:
         """The newest state that is whole; one that is damaged is told of on stderr. Raises CheckpointError."""
         try:
             return _read(self.path)
@@ -98,22 +92,17 @@ class StateFile:
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written. Only for who holds the folder."""
-        for leftover in self.path.parent.glob(".state*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_stale(self.path.parent, stale_after_s=0)
 
     def _keep_newest(self) -> None:
         """A second name for the newest file, so that at no moment there is none; not if `read` found it damaged."""
         if self._newest_is_damaged or not self.path.exists():
             self._newest_is_damaged = False
             return
-        temporary = self.before.with_name(f".{self.before.name}.{os.getpid()}.tmp")
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        os.link(self.path, temporary)
-        os.replace(temporary, self.before)
+        place(self.before, lambda link: os.link(self.path, link))
 
 
-def _read(path: Path) -> State:
+def _read(path: Path) -> TokenizerTrainingState:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("mvar", "{}"))
@@ -122,7 +111,7 @@ def _read(path: Path) -> State:
             raise ValueError("not the state of a tokenizer's training, or of another version of mvar")
         if header["digest"] != digest_of(tensors):
             raise ValueError("its contents do not match their digest")
-        return State(int(header["step"]), tensors, dict(header["identity"]))
+        return TokenizerTrainingState(int(header["step"]), tensors, dict(header["identity"]))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"training state {path}: damaged ({error}). Remove it to start again, or put back a whole copy."

@@ -28,16 +28,25 @@ from mvar.randomness import uniform
 from mvar.run.world import World
 from mvar.tokenizer.quality import Quality, Tally, psnr_db
 from mvar.tokenizer.quantizer import Quantized
-from mvar.tokenizer.training.adversary import Adversary, PatchCritic, adaptive_weight, sharing_weights
 from mvar.tokenizer.training.codebook import count_usage_, revive_, start_codebook_, usage_SV
 from mvar.tokenizer.training.config import TokenizerTrainConfig
-from mvar.tokenizer.training.losses import LossTerm, Rebuilt, total_loss
+from mvar.tokenizer.training.discriminator import (
+    DiscriminatorTraining,
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_backward,
+    generator_backward,
+    sharing_weights,
+)
+from mvar.tokenizer.training.losses import LossTerm, Reconstruction, total_loss
 from mvar.tokenizer.training.parallel import SharedRows, add_up_, part_of, require_work_for_all, whole_batch
 from mvar.tokenizer.training.pictures import Pixels
 from mvar.tokenizer.vqvae import VQVAE
 
 CODEBOOK = "quantize.embedding.weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DISCRIMINATOR = "critic"
+"""What a saved state calls it, from its first format on."""
 EVALUATED_AT_ONCE = 64
 MEASURED_BY_SCALE = 64
 """Pictures whose first scales alone are decoded too, over all ranks."""
@@ -49,7 +58,7 @@ class Trainer:
     Everything that happens in step n is a pure function of (config, ranks, threads, state before it, pictures of step
     n): no random number generator is carried along. `terms`: the loss but for the adversarial term, which the
     configuration describes. Weights and Adam's moments are float32; convolutions run in bfloat16 if the configuration
-    says so. All methods are called by all ranks together, but `rebuild` and `tensors`.
+    says so. All methods are called by all ranks together, but `reconstruct` and `tensors`.
 
     `threads`: on a CPU that many replicas share the weights and split the batch, each on one thread. The operations of
     a small tokenizer are so short that splitting the batch once beats splitting every operation, many times over where
@@ -77,9 +86,11 @@ class Trainer:
         self.step_number = 0
         threads = 1 if on_gpu else threads
         self.replicas = [self.vqvae, *(sharing_weights(self.vqvae) for _ in range(threads - 1))]
-        self.adversary: Adversary | None = None
+        self.discriminator: DiscriminatorTraining | None = None
         if config.loss.adversarial:
-            self.adversary = Adversary(config.loss, config.seed, self.device, threads, self._memory_format)
+            self.discriminator = DiscriminatorTraining(
+                config.loss, config.seed, self.device, threads, self._memory_format
+            )
         self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         # One machine without these instructions decides for all: ranks must not differ.
         fast_everywhere = int(world.sum(torch.tensor([int(has_fast_bf16(self.device))]))[0]) == world.size
@@ -105,29 +116,29 @@ class Trainer:
         if step == 0:
             features_BChw = whole_batch(world, self._start_features(pixels_BHWC), batch)
             start_codebook_(self.vqvae.quantizer, features_BChw, config.seed)
-        adversary = self.adversary if step >= config.loss.adversarial_start else None
-        shares, weight = self._learn_everywhere(pixels_BHWC, batch, adversary)
+        discriminator = self.discriminator if step >= config.loss.adversarial_start else None
+        shares, weight = self._learn_everywhere(pixels_BHWC, batch, discriminator)
         measured = self._means(shares, batch)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip_grad or math.inf).item()
         measured |= {"grad_norm": norm, "lr": self.learning_rate(step)}
-        if adversary is not None:
-            clipped = nn.utils.clip_grad_norm_(adversary.parameters.values(), config.clip_grad or math.inf).item()
-            measured |= {"adversarial_weight": weight, "critic_grad_norm": clipped}
+        if discriminator is not None:
+            clipped = nn.utils.clip_grad_norm_(discriminator.parameters.values(), config.clip_grad or math.inf).item()
+            measured |= {"adversarial_weight": weight, "discriminator_grad_norm": clipped}
         self._require_finite(measured)
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr_scale"] * self.learning_rate(step)
         self.optimizer.step()
-        if adversary is not None:
-            adversary.update(config.loss.adversarial_lr_scale * self.learning_rate(step))
+        if discriminator is not None:
+            discriminator.update(config.loss.adversarial_lr_scale * self.learning_rate(step))
         quantizer = self.vqvae.quantizer
         counts_SV = usage_SV(quantizer, torch.cat([share.codes_BL for share in shares]))
         count_usage_(quantizer, world.sum(counts_SV).to(counts_SV), batch, config.usage_decay)
         self._average()
         revived = 0
         if config.revive_every and (step + 1) % config.revive_every == 0 and step < config.revive_until * config.steps:
-            words_W = revive_(quantizer, self._residuals(shares, batch), config.revive_below, config.seed, step)
-            self._forget_moments(words_W)
-            revived = len(words_W)
+            entries_W = revive_(quantizer, self._residuals(shares, batch), config.revive_below, config.seed, step)
+            self._forget_moments(entries_W)
+            revived = len(entries_W)
         self.step_number += 1
         mse = measured.pop("clamped_mse")
         return {**measured, "psnr_db": psnr_db(mse), "revived": revived}
@@ -140,7 +151,7 @@ class Trainer:
         return self.config.batch
 
     def _learn_everywhere(
-        self, pixels_BHWC: Pixels, batch: int, adversary: Adversary | None
+        self, pixels_BHWC: Pixels, batch: int, discriminator: DiscriminatorTraining | None
     ) -> tuple[list[_Share], float]:
         """Gradients of the whole global batch, in the parameters' `grad`; the shares of this rank's replicas and the
         weight of the adversarial term. Each replica works on its part of the images."""
@@ -148,22 +159,22 @@ class Trainer:
         replicas = self.replicas[: len(parts)]
         first = part_of(batch, self.world).start
         jobs = [(pixels_BHWC[part], self._kept_scales(batch, first + part)) for part in parts]
-        if adversary is None:
+        if discriminator is None:
             shares, weight = list(self._pool.map(self._learn, replicas, *zip(*jobs, strict=True))), 0.0
         else:
-            critics = adversary.replicas[: len(parts)]
-            passes = list(self._pool.map(self._compare, replicas, critics, *zip(*jobs, strict=True)))
+            discriminators = discriminator.replicas[: len(parts)]
+            passes = list(self._pool.map(self._compare, replicas, discriminators, *zip(*jobs, strict=True)))
             weight = self._adversarial_weight(passes, batch)
-            shares = list(self._pool.map(partial(self._pull, weight=weight), passes, critics))
-            _add_gradients(critics, shares, batch)
+            shares = list(self._pool.map(partial(self._finish, weight=weight), passes, discriminators))
+            _add_gradients(discriminators, shares, batch)
         _add_gradients(replicas, shares, batch)
-        modules = [self.vqvae] if adversary is None else [self.vqvae, adversary.critic]
+        modules = [self.vqvae] if discriminator is None else [self.vqvae, discriminator.network]
         # A phi convolution that no scale uses has no gradient, on no rank.
         gradients = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
         add_up_(self.world, gradients)
         return shares, weight
 
-    def _rebuilt(self, replica: VQVAE, pixels_BHWC: Pixels, kept_scales_B: Tensor | None) -> Rebuilt:
+    def _forward(self, replica: VQVAE, pixels_BHWC: Pixels, kept_scales_B: Tensor | None) -> Reconstruction:
         """Forward pass of one replica."""
         replica.zero_grad()
         images_BCHW = self._images(pixels_BHWC)
@@ -171,58 +182,60 @@ class Trainer:
             f_BChw = replica.features(images_BCHW)
         quantized = replica.quantizer(f_BChw, kept_scales_B)
         with self._autocast():
-            rebuilt_BCHW = replica.pixels(quantized.f_hat_BChw)
-        return Rebuilt(images_BCHW, rebuilt_BCHW.float(), quantized)
+            reconstructed_BCHW = replica.pixels(quantized.f_hat_BChw)
+        return Reconstruction(images_BCHW, reconstructed_BCHW.float(), quantized)
 
     def _learn(self, replica: VQVAE, pixels_BHWC: Pixels, kept_scales_B: Tensor | None) -> _Share:
-        """Forward and backward of one replica without a critic; gradients stay in its parameters."""
-        rebuilt = self._rebuilt(replica, pixels_BHWC, kept_scales_B)
+        """Forward and backward of one replica without a discriminator; gradients stay in its parameters."""
+        made = self._forward(replica, pixels_BHWC, kept_scales_B)
         with self._autocast():
-            loss, values = total_loss(self.terms, rebuilt)
+            loss, values = total_loss(self.terms, made)
         loss.backward()
-        return _Share.of(rebuilt, {"loss": loss.detach(), **values})
+        return _Share.of(made, {"loss": loss.detach(), **values})
 
-    def _compare(self, replica: VQVAE, critic: PatchCritic, pixels_BHWC: Pixels, kept_scales_B: Tensor | None) -> _Pass:
+    def _compare(
+        self, replica: VQVAE, network: PatchDiscriminator, pixels_BHWC: Pixels, kept_scales_B: Tensor | None
+    ) -> _Pass:
         """Forward of one replica, and backward through all that looks at its pictures, but not yet through itself.
 
         So the networks of perceptual and adversarial terms are run back through once, and their gradients at the
         decoder's last layer cost one product each.
         """
-        rebuilt = self._rebuilt(replica, pixels_BHWC, kept_scales_B)
-        cut_BCHW = rebuilt.rebuilt_BCHW.detach().requires_grad_()
-        cut = Rebuilt(rebuilt.images_BCHW, cut_BCHW, rebuilt.quantized)
+        made = self._forward(replica, pixels_BHWC, kept_scales_B)
+        cut_BCHW = made.reconstructed_BCHW.detach().requires_grad_()
+        cut = Reconstruction(made.images_BCHW, cut_BCHW, made.quantized)
         with self._autocast():
             on_pictures, values = total_loss([term for term in self.terms if not term.of_latents], cut)
             on_latents, more_values = total_loss([term for term in self.terms if term.of_latents], cut)
         (of_terms_BCHW,) = torch.autograd.grad(on_pictures, cut_BCHW)
-        adversarial, of_critic_BCHW = Adversary.pull(critic, cut_BCHW, self._autocast())
+        generator_loss, of_generator_BCHW = generator_backward(network, cut_BCHW, self._autocast())
         last = replica.decoder.conv_out.weight
         at_last = [
-            torch.autograd.grad(rebuilt.rebuilt_BCHW, last, gradient_BCHW, retain_graph=True)[0]
-            for gradient_BCHW in (of_terms_BCHW, of_critic_BCHW)
+            torch.autograd.grad(made.reconstructed_BCHW, last, gradient_BCHW, retain_graph=True)[0]
+            for gradient_BCHW in (of_terms_BCHW, of_generator_BCHW)
         ]
         loss = (on_pictures + on_latents).detach()
-        values = {"loss": loss, **values, **more_values, "adversarial": adversarial}
-        return _Pass(rebuilt, on_latents, of_terms_BCHW, of_critic_BCHW, torch.stack(at_last), values)
+        values = {"loss": loss, **values, **more_values, "generator_loss": generator_loss}
+        return _Pass(made, on_latents, of_terms_BCHW, of_generator_BCHW, torch.stack(at_last), values)
 
     def _adversarial_weight(self, passes: Sequence[_Pass], batch: int) -> float:
         """From the gradients of the whole global batch: the same on every rank, however it is split."""
-        shares = [len(one.rebuilt.images_BCHW) / batch for one in passes]
+        shares = [len(one.made.images_BCHW) / batch for one in passes]
         own = torch.stack([share * one.at_last.double() for share, one in zip(shares, passes, strict=True)]).sum(dim=0)
-        of_terms, of_critic = self.world.sum(own)
+        of_terms, of_generator = self.world.sum(own)
         loss = self.config.loss
-        return adaptive_weight(of_terms, of_critic, loss.adversarial, loss.adversarial_largest)
+        return adaptive_weight(of_terms, of_generator, loss.adversarial, loss.adversarial_largest)
 
-    def _pull(self, one: _Pass, critic: PatchCritic, weight: float) -> _Share:
-        """The rest of the backward pass, and the critic's lesson on the same pictures."""
-        pull_BCHW = one.of_terms_BCHW + weight * one.of_critic_BCHW
+    def _finish(self, one: _Pass, network: PatchDiscriminator, weight: float) -> _Share:
+        """The rest of the backward pass, and the discriminator's own on the same pictures."""
+        gradient_BCHW = one.of_terms_BCHW + weight * one.of_generator_BCHW
         if one.on_latents.requires_grad:
-            torch.autograd.backward([one.rebuilt.rebuilt_BCHW, one.on_latents], [pull_BCHW, None])
+            torch.autograd.backward([one.made.reconstructed_BCHW, one.on_latents], [gradient_BCHW, None])
         else:
-            one.rebuilt.rebuilt_BCHW.backward(pull_BCHW)
-        pictures = one.rebuilt.images_BCHW, one.rebuilt.rebuilt_BCHW.detach()
-        judged = Adversary.learn(critic, *pictures, self._autocast())
-        return _Share.of(one.rebuilt, {**one.values, **judged._asdict()})
+            one.made.reconstructed_BCHW.backward(gradient_BCHW)
+        pictures = one.made.images_BCHW, one.made.reconstructed_BCHW.detach()
+        losses = discriminator_backward(network, *pictures, self._autocast())
+        return _Share.of(one.made, {**one.values, **losses._asdict()})
 
     def _means(self, shares: Sequence[_Share], batch: int) -> dict[str, float]:
         """Means over the images of all ranks."""
@@ -255,17 +268,17 @@ class Trainer:
         """The tokenizer to use: averaged weights if they are kept."""
         return self.vqvae if self.averaged is None else self.averaged
 
-    def rebuild(self, pixels_NHWC: Pixels) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, pixels_NHWC: Pixels) -> tuple[Tensor, Tensor]:
         """Pictures through `result`, float32: (N, 3, H, W) in [-1, 1] and codes (N, L), on the CPU."""
         starts = range(0, len(pixels_NHWC), EVALUATED_AT_ONCE)
-        parts = list(self._pool.map(self._rebuild, (pixels_NHWC[i : i + EVALUATED_AT_ONCE] for i in starts)))
-        return torch.cat([rebuilt for rebuilt, _ in parts]), torch.cat([codes for _, codes in parts])
+        parts = list(self._pool.map(self._reconstruct, (pixels_NHWC[i : i + EVALUATED_AT_ONCE] for i in starts)))
+        return torch.cat([reconstructed for reconstructed, _ in parts]), torch.cat([codes for _, codes in parts])
 
-    def _rebuild(self, pixels_BHWC: Pixels) -> tuple[Tensor, Tensor]:
+    def _reconstruct(self, pixels_BHWC: Pixels) -> tuple[Tensor, Tensor]:
         codes_BL = self.result.encode(self._images(pixels_BHWC))
         return self.result.decode(codes_BL).cpu(), codes_BL.cpu()
 
-    def _rebuild_scale(self, codes_BL: Tensor, scales: int) -> Tensor:
+    def _reconstruct_scale(self, codes_BL: Tensor, scales: int) -> Tensor:
         """Codes (B, L) -> pictures of their first `scales` scales, on the CPU."""
         latent_BChw = self.result.quantizer.latent_from_codes(codes_BL.to(self.device), scales)
         return self.result.decode_latent(latent_BChw).cpu()
@@ -279,28 +292,30 @@ class Trainer:
         at_once = EVALUATED_AT_ONCE * len(self.replicas)
         for start in range(0, len(pixels_NHWC), at_once):
             block_NHWC = pixels_NHWC[start : start + at_once]
-            rebuilt_NCHW, codes_NL = self.rebuild(block_NHWC)
-            tally.add(from_uint8(block_NHWC), rebuilt_NCHW, usage_SV(self.vqvae.quantizer, codes_NL))
+            reconstructed_NCHW, codes_NL = self.reconstruct(block_NHWC)
+            tally.add(from_uint8(block_NHWC), reconstructed_NCHW, usage_SV(self.vqvae.quantizer, codes_NL))
             codes.append(codes_NL)
         if codes:
             share = min(len(pixels_NHWC), max(1, MEASURED_BY_SCALE // self.world.size))
             few = np.linspace(0, len(pixels_NHWC) - 1, share).round().astype(np.int64)
             codes_NL = torch.cat(codes)[torch.from_numpy(few)]
-            by_scale = self._pool.map(self._rebuild_scale, repeat(codes_NL), range(1, scales + 1))
+            by_scale = self._pool.map(self._reconstruct_scale, repeat(codes_NL), range(1, scales + 1))
             tally.add_scales(from_uint8(pixels_NHWC[few]), list(by_scale))
         return tally.quality(self.world.sum(tally.sums))
 
     # ---- what a saved state holds
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, their averages, moments, the critic's: float32, on the CPU."""
+        """Weights, their averages, moments, the discriminator's: float32, on the CPU."""
         found = {f"model.{name}": value for name, value in self.vqvae.state_dict().items()}
         if self.averaged is not None:
             found |= {f"averaged.{name}": value for name, value in self.averaged.state_dict().items()}
         found |= _moments("", self.parameters, self.optimizer)
-        if self.adversary is not None:
-            found |= {f"critic.{name}": value for name, value in self.adversary.critic.state_dict().items()}
-            found |= _moments("critic_", self.adversary.parameters, self.adversary.optimizer)
+        if self.discriminator is not None:
+            found |= {
+                f"{DISCRIMINATOR}.{name}": value for name, value in self.discriminator.network.state_dict().items()
+            }
+            found |= _moments(f"{DISCRIMINATOR}_", self.discriminator.parameters, self.discriminator.optimizer)
         return {
             name: value.detach().cpu().contiguous(memory_format=torch.contiguous_format)
             for name, value in found.items()
@@ -313,10 +328,11 @@ class Trainer:
             self.averaged.load_state_dict(_part(tensors, "averaged."))
         self.step_number = step
         _restore_moments("", tensors, self.parameters, self.optimizer, step)
-        if self.adversary is not None:
-            self.adversary.critic.load_state_dict(_part(tensors, "critic."))
-            lessons = max(0, step - self.config.loss.adversarial_start)
-            _restore_moments("critic_", tensors, self.adversary.parameters, self.adversary.optimizer, lessons)
+        if self.discriminator is not None:
+            self.discriminator.network.load_state_dict(_part(tensors, f"{DISCRIMINATOR}."))
+            learned = max(0, step - self.config.loss.adversarial_start)
+            parameters, optimizer = self.discriminator.parameters, self.discriminator.optimizer
+            _restore_moments(f"{DISCRIMINATOR}_", tensors, parameters, optimizer, learned)
 
     # ---- inside
 
@@ -352,25 +368,25 @@ class Trainer:
             mean_buffer.copy_(buffer)
 
     @torch.no_grad()
-    def _forget_moments(self, words_W: Tensor) -> None:
+    def _forget_moments(self, entries_W: Tensor) -> None:
         """A revived word has no past."""
         state = self.optimizer.state[self.parameters[CODEBOOK]]
         for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment][words_W] = 0
+            state[moment][entries_W] = 0
         if self.averaged is not None:
             mean_VC, weight_VC = self.averaged.quantizer.embedding.weight, self.vqvae.quantizer.embedding.weight
-            mean_VC.index_copy_(0, words_W, weight_VC[words_W])
+            mean_VC.index_copy_(0, entries_W, weight_VC[entries_W])
 
 
 @dataclass(frozen=True)
 class _Pass:
     """One replica on its part of a batch, before it is known how much the adversarial term weighs."""
 
-    rebuilt: Rebuilt
+    made: Reconstruction
     on_latents: Tensor
     of_terms_BCHW: Tensor
-    """Gradient of the terms that look at pictures, with respect to the rebuilt ones."""
-    of_critic_BCHW: Tensor
+    """Gradient of the terms that look at pictures, with respect to the reconstructed ones."""
+    of_generator_BCHW: Tensor
     """The same of the adversarial term, unweighted."""
     at_last: Tensor
     """Both of them at the decoder's last layer, (2, ...)."""
@@ -386,11 +402,11 @@ class _Share:
     quantized: Quantized
 
     @staticmethod
-    def of(rebuilt: Rebuilt, values: Mapping[str, Tensor]) -> _Share:
-        error_BCHW = rebuilt.rebuilt_BCHW.detach().clamp(-1, 1) - rebuilt.images_BCHW
+    def of(made: Reconstruction, values: Mapping[str, Tensor]) -> _Share:
+        error_BCHW = made.reconstructed_BCHW.detach().clamp(-1, 1) - made.images_BCHW
         measured = {**values, "clamped_mse": error_BCHW.square().mean()}
-        images = len(rebuilt.images_BCHW)
-        return _Share(images, {name: value.item() for name, value in measured.items()}, rebuilt.quantized)
+        images = len(made.images_BCHW)
+        return _Share(images, {name: value.item() for name, value in measured.items()}, made.quantized)
 
     @property
     def codes_BL(self) -> Tensor:

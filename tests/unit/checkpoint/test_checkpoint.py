@@ -15,14 +15,15 @@ from torch import Tensor
 
 from mvar.checkpoint import saving
 from mvar.checkpoint.choosing import choose, retain, verify
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.partition import KINDS, Piece
-from mvar.checkpoint.record import FORMAT_VERSION, Identity, Progress, Record, differences, key_of
+from mvar.checkpoint.record import FORMAT_VERSION, CheckpointRecord, Identity, Progress, differences, key_of
 from mvar.checkpoint.saving import Part, save
 from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig, TrainConfig
-from mvar.errors import CheckpointError
+from mvar.errors import CheckpointError, WriteError
+from mvar.files.disk import synced
 from mvar.run.launcher import Place
 from mvar.run.names import folder_of, steps_in
 from mvar.run.world import World
@@ -77,7 +78,7 @@ def saved(checkpoints: Path, step: int, seed: int = 0) -> Path:
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     folder = saved(tmp_path, 123)
     assert folder.name == "step-000000123"
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     assert reader.record.progress == Progress(123, 984, 123, 0, {"cur_scale": 0.1})
     for kind, tensors in values(0).items():
         for name, expected in tensors.items():
@@ -93,16 +94,17 @@ def test_pieces_of_many_ranks_are_read_across_their_borders(tmp_path: Path) -> N
         partition = HandMade(values(7), rank, 4)
         layout = [(key_of(piece.name, kind), (piece.count,)) for piece, kind in partition.layout()]
         name = f"rank-{rank:05d}.safetensors"
-        record = write_tensors(tmp_path / name, layout, (v for *_, v in partition.blocks()), {})
+        with synced(tmp_path / name) as file:
+            record = write_tensors(file, layout, (v for *_, v in partition.blocks()), {})
         parts.append(Part(name, record, partition.owned))
     one: Any = HandMade(values(7))
-    template = Record.read(save(tmp_path / "one", one, ALONE, Progress(1), identity()))
+    template = CheckpointRecord.read(save(tmp_path / "one", one, ALONE, Progress(1), identity()))
     many = template.model_copy(
         update={"pieces": saving._merge(parts), "files": {part.file: part.record for part in parts}}
     )
     (tmp_path / "checkpoint.json").write_text(many.text())
     verify(tmp_path)
-    reader = Reader(tmp_path)
+    reader = CheckpointReader(tmp_path)
     whole = values(7)["weight"]["head.weight"].flatten()
     for start in range(15):
         for stop in range(start + 1, 16):
@@ -172,7 +174,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving, "_write_synced", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(WriteError, match=r"step-000000002: cannot be written \(No space left on device"):
         saved(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
@@ -226,12 +228,12 @@ def test_every_nth_and_the_best_validated_are_kept_besides(tmp_path: Path) -> No
     ],
 )
 def test_what_makes_it_another_run(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
-    record = Record.read(saved(tmp_path, 1))
+    record = CheckpointRecord.read(saved(tmp_path, 1))
     assert any(difference.startswith(f"{key}: was ") for difference in differences(record, identity(**changes)))
 
 
 def test_what_does_not(tmp_path: Path) -> None:
-    record = Record.read(saved(tmp_path, 1))
+    record = CheckpointRecord.read(saved(tmp_path, 1))
     same = identity(
         run="elsewhere",
         epochs=3,
@@ -265,6 +267,7 @@ def test_places_without_weights_say_so(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint of step 3"):
         load_weights(tmp_path, step=3)
-    write_tensors(tmp_path / "other.safetensors", [("x", (1,))], [torch.zeros(1)], {})
+    with synced(tmp_path / "other.safetensors") as file:
+        write_tensors(file, [("x", (1,))], [torch.zeros(1)], {})
     with pytest.raises(CheckpointError, match=r"mvar\.model"):
         load_weights(tmp_path / "other.safetensors")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mvar.checkpoint import saver, tensors
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.record import Progress
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
-from mvar.errors import CheckpointError
+from mvar.errors import CheckpointError, WriteError
 from mvar.run.names import folder_of, steps_in
 from tests.unit.checkpoint.test_checkpoint import ALONE, HandMade, identity, values
 
@@ -49,7 +49,7 @@ def make(folder: Path, tensors: Any, **settings: Any) -> Saver:
 
 
 def weights(folder: Path, step: int) -> torch.Tensor:
-    return Reader(folder_of(folder, step)).read("head.weight", "weight", 0, 15)
+    return CheckpointReader(folder_of(folder, step)).read("head.weight", "weight", 0, 15)
 
 
 def test_what_is_saved_is_the_moment_of_the_call_and_exists_after_settling(tmp_path: Path, gate: Gate) -> None:
@@ -128,7 +128,7 @@ def test_a_writer_that_fails_in_the_background_raises_when_it_is_settled(
     monkeypatch.setattr(tensors, "_chunks", chunks)
     saving = make(tmp_path, values(1))
     saving.save(Progress(1))
-    with pytest.raises(CheckpointError, match="Input/output error"):
+    with pytest.raises(WriteError, match=r"step-000000001: cannot be written \(Input/output error"):
         saving.settle()
     assert list(tmp_path.iterdir()) == []
     assert saving.settle() == []

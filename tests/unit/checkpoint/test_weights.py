@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar.checkpoint.loading import Reader
+from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.partition import KINDS
 from mvar.checkpoint.published import published_state_dict, write_published
-from mvar.checkpoint.record import RECORD, Progress, Record
+from mvar.checkpoint.record import RECORD, CheckpointRecord, Progress
 from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import fitted, initial_values, load_weights, open_weights
 from mvar.config import ModelConfig, TrainConfig
 from mvar.errors import CheckpointError
+from mvar.files.disk import synced
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.run.names import folder_of
@@ -58,8 +59,9 @@ def write_checkpoint(folder: Path, config: ModelConfig, kinds: dict[str, MVAR], 
                     layout.append((f"{kind}/{parameter}", (stop - start,)))
                     values.append(flat[start:stop])
                     pieces.setdefault(parameter, {})[name] = (name, start, stop)
-        files[name] = write_tensors(folder / name, layout, values, {})
-    record = Record(
+        with synced(folder / name) as file:
+            files[name] = write_tensors(file, layout, values, {})
+    record = CheckpointRecord(
         format_version=1,
         progress=Progress(7, 56, 7),
         config=run.model_dump(mode="json"),
@@ -179,14 +181,14 @@ def test_other_models_are_refused_with_what_differs(tmp_path: Path, changes: dic
 
 
 def test_parameters_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, read = configuration(), Reader.read
+    config, read = configuration(), CheckpointReader.read
     asked: list[str] = []
 
-    def counted(reader: Reader, name: str, kind: str, start: int, stop: int) -> Tensor:
+    def counted(reader: CheckpointReader, name: str, kind: str, start: int, stop: int) -> Tensor:
         asked.append(name)
         return read(reader, name, kind, start, stop)
 
-    monkeypatch.setattr(Reader, "read", counted)
+    monkeypatch.setattr(CheckpointReader, "read", counted)
     values = initial_values(write(tmp_path, "run", model_of(config), config), config)
     assert asked == []
     values("head.weight", (16, 64))

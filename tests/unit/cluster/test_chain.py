@@ -13,7 +13,7 @@ from mvar.cluster.chain import (
     close_lost,
     end,
     exclude_repeaters,
-    newest_step,
+    newest_saved,
     own_words,
     parse_begin,
 )
@@ -50,10 +50,10 @@ def srun_log(run, text, restarts=0):
 
 
 def test_newest_checkpoint_by_name(tmp_path):
-    assert newest_step(tmp_path) == 0
+    assert newest_saved(tmp_path) == 0
     for name in ("step-000000040", "step-000000100", "step-000000300.damaged", ".step-000000400.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_step(tmp_path) == 100
+    assert newest_saved(tmp_path) == 100
 
 
 def test_an_end_belongs_to_its_own_start_and_torn_lines_are_passed_over(tmp_path):
@@ -106,7 +106,7 @@ def test_a_node_is_excluded_when_it_failed_too_often_with_the_evidence(tmp_path,
 
 
 def started(run, restarts=0):
-    Logs(run).begin(job(restarts=restarts), newest_step(run))
+    Logs(run).begin(job(restarts=restarts), newest_saved(run))
 
 
 def test_a_fault_is_requeued_without_the_nodes_to_avoid(tmp_path):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from mvar.cluster.decisions import Attempt, Job, Limits, blame, decide, expand, strikes
+from mvar.cluster.decisions import Attempt, Limits, SlurmJob, blame, decide, expand, strikes
 from mvar.errors import ConfigError
 
-JOB = Job("7_2", "7", restarts=0, nodes=("n1", "n2"), is_array=True, is_last=False)
+JOB = SlurmJob("7_2", "7", restarts=0, nodes=("n1", "n2"), is_array=True, is_last=False)
 LIMITS = Limits(restarts=4, fruitless=3, strikes=2)
 
 
@@ -20,7 +20,7 @@ def after(code, *, job=JOB, attempts=(), preempted=False, reason=""):
 
 
 def job(**changes):
-    return Job(**(vars(JOB) | changes))
+    return SlurmJob(**(vars(JOB) | changes))
 
 
 # ---- after a start
@@ -143,7 +143,7 @@ def test_limits_and_job_come_from_the_environment():
     environ = {"MVAR_MAX_RESTARTS": "9", "MVAR_NODE_STRIKES": "1"}
     assert Limits.of(environ) == Limits(restarts=9, strikes=1)
     array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "2"}
-    assert Job.of(array, ["n1"]) == Job("10_2", "10", 0, ("n1",), is_array=True, is_last=True)
-    assert Job.of({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3"}, []).restarts == 3
+    assert SlurmJob.of(array, ["n1"]) == SlurmJob("10_2", "10", 0, ("n1",), is_array=True, is_last=True)
+    assert SlurmJob.of({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "3"}, []).restarts == 3
     with pytest.raises(ConfigError, match="no SLURM_JOB_ID"):
-        Job.of({}, [])
+        SlurmJob.of({}, [])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.calibrate import CALIBRATION, Calibration, agreement_by_scale, calibrate, require_accepted
-from data_prep.encoder import Encoder, deterministic
+from data_prep.encoder import BatchEncoder, deterministic
 from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig
@@ -24,7 +24,7 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (7, SIZE_PX, SIZE_PX, 3), dty
 
 
 def encoder(precision="fp32", batch=4, compiled=False, threads=None):
-    return Encoder(tiny_vqvae(), torch.device("cpu"), batch, precision, compiled, threads)
+    return BatchEncoder(tiny_vqvae(), torch.device("cpu"), batch, precision, compiled, threads)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_codes_of_an_image_depend_on_neither_threads_nor_batch(precision):
     images = np.random.default_rng(5).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
 
     def codes(batch, threads):
-        made = Encoder(wide.eval().requires_grad_(False), torch.device("cpu"), batch, precision, threads=threads)
+        made = BatchEncoder(wide.eval().requires_grad_(False), torch.device("cpu"), batch, precision, threads=threads)
         return np.concatenate([made(images[:3]), made(images[3:])] if batch == 3 else [made(images)])
 
     expected = codes(5, 1)

@@ -3,7 +3,7 @@
 import pytest
 
 from data_prep import progress
-from data_prep.progress import Progress, clock
+from data_prep.progress import TokenizeProgress
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def now(monkeypatch):
 
 
 def test_time_counts_as_lost_only_when_the_encoder_has_nothing_left_to_do(now):
-    told = Progress("task", None)
+    told = TokenizeProgress("task", None)
     now[0] += 50  # Earlier shards are verified.
     with told.waiting(lambda: True):
         now[0] += 1
@@ -27,7 +27,7 @@ def test_time_counts_as_lost_only_when_the_encoder_has_nothing_left_to_do(now):
 
 
 def test_a_line_says_speed_and_time_left_every_few_seconds(now, capsys):
-    told = Progress("task 0/2", 400)
+    told = TokenizeProgress("task 0/2", 400)
     with told.waiting(lambda: True):
         now[0] += 1
     told.add(10)
@@ -39,9 +39,5 @@ def test_a_line_says_speed_and_time_left_every_few_seconds(now, capsys):
 
 
 def test_a_task_that_did_nothing_divides_by_nothing(now):
-    told = Progress("task", 0)
+    told = TokenizeProgress("task", 0)
     assert (told.seconds, told.busy_share) == (0, 1)
-
-
-def test_durations_are_hours_minutes_and_seconds():
-    assert clock(3725.4) == "1:02:05"

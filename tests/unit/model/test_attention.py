@@ -196,8 +196,19 @@ GPU = torch.device("cuda")
 
 
 @pytest.mark.usefixtures("no_memory")
+def test_auto_takes_our_kernels_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index is None else (8, 0))
+    assert str(choose("auto", torch.bfloat16, GPU, 64)) == "triton"
+    ampere = torch.device("cuda:1")
+    assert choose("auto", torch.bfloat16, ampere, 64).name == "varlen"
+    with pytest.raises(BackendError, match=r"compute capability 9 \(Hopper\), and cuda:1 has another"):
+        choose("triton", torch.bfloat16, ampere, 64)
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_auto_takes_torchs_packed_kernel_then_flash_attn_then_one_call_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert str(choose("auto", torch.bfloat16, GPU, 64)) == "varlen"
     choose.cache_clear()
     load.cache_clear()

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvar.model.init import InitRecipe, init_weights_, initial_value
+from mvar.config import InitRecipe, ModelConfig
+from mvar.model.init import Initializer, init_weights_
 from mvar.model.transformer import MVAR
 
 
@@ -18,7 +19,7 @@ def model(**changes: object) -> MVAR:
 
 def filled(seed: int = 0, init: InitRecipe = "fixed", **changes: object) -> dict[str, Tensor]:
     made = model(**changes)
-    init_weights_(made, seed, init=init, init_gamma=1e-3, init_head=0.02, init_conditioning=0.5)
+    init_weights_(made, seed, ModelConfig(init=init))
     return dict(made.state_dict())
 
 
@@ -39,7 +40,7 @@ def test_every_parameter_is_a_function_of_seed_and_name() -> None:
 def test_one_parameter_at_a_time_gives_the_same(shared: bool) -> None:
     """What an engine does that holds only a part of each parameter."""
     for name, value in filled(seed=3, shared_conditioning=shared).items():
-        alone = initial_value(name, value.shape, 3, depth=2, width=128)
+        alone = Initializer(3, ModelConfig(depth=2, width=128)).value(name, value.shape)
         assert alone.dtype == torch.float32
         assert torch.equal(alone, value)
 

@@ -42,7 +42,7 @@ def small(**changes: Any) -> MVAR:
     arguments: dict[str, Any] = {"depth": 3, "num_classes": 5, "patch_nums": PYRAMID, "vocab_size": 16}
     arguments |= {"latent_channels": 4, "width": 64, "heads": 2}
     model = MVAR(**(arguments | changes))
-    init_weights_(model, 0, init_gamma=1.0, init_head=1.0, init_conditioning=1.0)
+    init_weights_(model, 0, ModelConfig(init_gamma=1.0, init_head=1.0, init_conditioning=1.0))
     return model
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvar.config import ModelConfig
-from mvar.model.recompute import ActivationCheckpointing
+from mvar.config import ActivationCheckpointing, ModelConfig
 from mvar.model.transformer import MVAR
 from mvar.plan.flops import best_interval_s, flops, time_lost
 from mvar.plan.memory import (

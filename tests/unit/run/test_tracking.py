@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from mvar.config import TrackingConfig
+from mvar.errors import WriteError
 from mvar.run import tracking
 from mvar.run.tracking import Guarded, JsonLines, Tracker, cut_after, flat
+from mvar.training.console import TransformerLines
 
 TRAIN: dict[str, Any] = {
     "loss": 1 / 3,
@@ -34,9 +36,9 @@ def tracker(folder: Path, resumed_step: int = 0, *, is_main: bool = True, **chan
         TrackingConfig(**({"log_every": 2, "wandb": "disabled"} | changes)),
         is_main=is_main,
         resumed_step=resumed_step,
-        last_step=10,
         samples_at=lambda step: 4 * step,
         settings={"seed": 1},
+        lines=TransformerLines(2, 10),
     )
 
 
@@ -172,7 +174,7 @@ def test_records_wait_for_room_on_a_full_disk_and_none_is_torn_or_doubled(
         records.write({"kind": "train", "step": step})
     assert capsys.readouterr().err.count("No space left on device; records wait.") == 1
     assert [line["step"] for line in lines(tmp_path)] == [1]
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match=r"metrics\.jsonl: cannot be written \(No space"):
         records.sync()
     disk.room = 10_000
     records.write({"kind": "train", "step": 6})

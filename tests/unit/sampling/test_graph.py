@@ -13,10 +13,10 @@ from mvar.errors import ConfigError, MvarError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.sampling.graph import GraphedDrawing
-from mvar.sampling.sampler import draw_scales, generate_latent
+from mvar.sampling.sampler import SamplingOptions, draw_scales, generate_latent
 from mvar.tokenizer.vqvae import VQVAE
 
-OPTIONS = {"cfg": 1.5, "top_k": 8, "top_p": 0.9, "smooth": False}
+OPTIONS = SamplingOptions(cfg=1.5, top_k=8, top_p=0.9)
 
 
 def pair() -> tuple[MVAR, VQVAE]:
@@ -28,10 +28,10 @@ def pair() -> tuple[MVAR, VQVAE]:
 
 def test_drawing_in_one_go_gives_what_scale_by_scale_gives() -> None:
     model, tokenizer = pair()
-    drawing = GraphedDrawing(model, tokenizer, 2, tokenizer.decode_latent, graphed=False, **OPTIONS)
+    drawing = GraphedDrawing(model, tokenizer, 2, tokenizer.decode_latent, OPTIONS, graphed=False)
     labels_B, seeds = torch.tensor([2, 0]), [5, 6]
     with torch.no_grad():
-        expected = tokenizer.decode_latent(generate_latent(model, tokenizer, labels_B, 1.5, 8, 0.9, seeds))
+        expected = tokenizer.decode_latent(generate_latent(model, tokenizer, labels_B, OPTIONS, seeds))
     assert torch.equal(drawing(labels_B, seeds), expected)
     with pytest.raises(ConfigError, match="labels: got 0 to 9"):
         drawing(torch.tensor([9, 0]), seeds)
@@ -45,12 +45,13 @@ def test_drawing_in_one_go_gives_what_scale_by_scale_gives() -> None:
 def test_the_host_reads_nothing_while_it_draws(smooth: bool, top_k: int) -> None:
     """A tensor on the meta device has no values: reading one is an error."""
     model, tokenizer = pair()
+    options = SamplingOptions(1.5, top_k, 0.9, smooth)
     model, tokenizer = model.to("meta"), tokenizer.to("meta")
     labels_B, seeds_B = (torch.zeros(2, dtype=torch.int64, device="meta") for _ in range(2))
     with pytest.raises(RuntimeError):
         bool(labels_B.any())
     with torch.no_grad():
-        steps = list(draw_scales(model, tokenizer.quantizer, labels_B, seeds_B, 1.5, top_k, 0.9, smooth))
+        steps = list(draw_scales(model, tokenizer.quantizer, labels_B, seeds_B, options))
         pictures: Tensor = tokenizer.decode_latent(steps[-1].f_hat_BChw)
     assert [step.codes_BLk.shape[1] for step in steps] == [1, 4, 9]
     assert pictures.shape == (2, 3, 6, 6) and all(step.finite.shape == () for step in steps)

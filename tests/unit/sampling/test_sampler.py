@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvar.config import ModelConfig
 from mvar.errors import ConfigError, MvarError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
-from mvar.sampling.sampler import generate, generate_latent, generate_scales
-from mvar.sampling.uniforms import token_uniforms, word_uniforms
-from mvar.sampling.words import draw_codes, filter_logits, mix_words
+from mvar.sampling.logits import draw_codes, filter_logits, mix_code_vectors
+from mvar.sampling.sampler import SamplingOptions, generate, generate_latent, generate_scales
+from mvar.sampling.uniforms import token_uniforms, vocabulary_uniforms
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
 from tests.golden import golden, golden_json
@@ -29,7 +30,7 @@ def as_float(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def small() -> tuple[MVAR, Quantizer]:
     torch.manual_seed(0)
     model = MVAR(2, 5, PYRAMID, 32, 4, width=64, heads=2)
-    init_weights_(model, 0, init_gamma=1.0, init_head=4.0, init_conditioning=1.0)
+    init_weights_(model, 0, ModelConfig(init_gamma=1.0, init_head=4.0, init_conditioning=1.0))
     return model, Quantizer(32, 4, PYRAMID)
 
 
@@ -41,7 +42,7 @@ def test_greedy_sampling_equals_the_official_one(run: str, cfg: float, training:
     tokenizer = VQVAE(32, 8, 64, PYRAMID)
     tokenizer.load_state_dict(as_float(golden("vqvae_tiny", "state_enc_quant.safetensors", "state_dec.safetensors")))
     expected = golden("mvar_tiny", "infer.safetensors")
-    steps = list(generate_scales(model, tokenizer, expected[f"{run}.label"], cfg, top_k=1, top_p=0.0))
+    steps = list(generate_scales(model, tokenizer, expected[f"{run}.label"], SamplingOptions(cfg, 1, 0.0)))
     for step in steps:
         assert torch.equal(step.codes_BLk, expected[f"{run}.idx_{step.scale}"])
     torch.testing.assert_close(steps[-1].f_hat_BChw, expected[f"{run}.fhat"], rtol=0, atol=1e-5)
@@ -57,7 +58,7 @@ def test_greedy_sampling_of_ten_scales_equals_the_official_one() -> None:
     quantizer = Quantizer(4096, 32, model.pyramid.patch_nums)
     quantizer.load_state_dict(as_float({k[6:]: v for k, v in stored.items() if k.startswith("state.")}))
     expected = golden("mvar_ten_scales", "infer.safetensors")
-    steps = list(generate_scales(model, quantizer, expected["label"], 1.5, top_k=1, top_p=0.0))
+    steps = list(generate_scales(model, quantizer, expected["label"], SamplingOptions(1.5, 1, 0.0)))
     assert torch.equal(torch.cat([step.codes_BLk for step in steps], dim=1), expected["idx"])
     for step in steps:
         found, wanted = step.f_hat_BChw[0], expected[f"fhat_sample0_{step.scale}"]
@@ -95,8 +96,8 @@ def test_smoothing_follows_the_published_temperatures() -> None:
     words, seeds = torch.eye(6), torch.tensor([3])
     logits = torch.randn(1, 4, 6)
     for scale in range(10):
-        mixed = mix_words(logits, words, seeds, scale, scale / 9)
-        noise = -torch.log(-torch.log(word_uniforms(seeds, scale, 4, 6)))
+        mixed = mix_code_vectors(logits, words, seeds, scale, scale / 9)
+        noise = -torch.log(-torch.log(vocabulary_uniforms(seeds, scale, 4, 6)))
         sharpened = logits * table["more_smooth_logit_multiplier_S10"][scale] + noise
         torch.testing.assert_close(mixed, (sharpened / table["gumbel_tau_S10"][scale]).softmax(-1))
 
@@ -104,7 +105,7 @@ def test_smoothing_follows_the_published_temperatures() -> None:
 def test_smoothing_never_uses_a_word_that_was_filtered_out() -> None:
     logits = torch.full((1, 3, 8), -torch.inf)
     logits[..., 2:4] = 0.0
-    mixed = mix_words(logits, torch.eye(8), torch.tensor([0]), 1, 0.5)
+    mixed = mix_code_vectors(logits, torch.eye(8), torch.tensor([0]), 1, 0.5)
     assert not mixed[..., :2].any() and not mixed[..., 4:].any()
     torch.testing.assert_close(mixed.sum(-1), torch.ones(1, 3))
 
@@ -164,8 +165,8 @@ def test_codes_rebuild_the_feature_map_unless_smoothed() -> None:
     labels = torch.tensor([0, 1])
     codes_BL = generate(model, quantizer, labels, top_k=20)
     rebuilt = quantizer.latent_from_codes(codes_BL)
-    torch.testing.assert_close(generate_latent(model, quantizer, labels, top_k=20), rebuilt)
-    smoothed = generate_latent(model, quantizer, labels, top_k=20, smooth=True)
+    torch.testing.assert_close(generate_latent(model, quantizer, labels, SamplingOptions(top_k=20)), rebuilt)
+    smoothed = generate_latent(model, quantizer, labels, SamplingOptions(top_k=20, smooth=True))
     assert smoothed.shape == rebuilt.shape and bool(smoothed.isfinite().all())
     assert not torch.allclose(smoothed, rebuilt)
 

@@ -1,9 +1,12 @@
 """Numbers for tokens."""
 
+import numpy as np
 import pytest
 import torch
 
-from mvar.sampling.uniforms import token_uniforms, word_uniforms
+from mvar import randomness
+from mvar.sampling import uniforms
+from mvar.sampling.uniforms import token_uniforms, vocabulary_uniforms
 
 
 def test_uniform_numbers_are_spread_independent_and_stable() -> None:
@@ -14,9 +17,9 @@ def test_uniform_numbers_are_spread_independent_and_stable() -> None:
     assert (numbers.std(1) - 12**-0.5).abs().max() < 0.01
     assert torch.corrcoef(numbers).fill_diagonal_(0).abs().max() < 0.05
     assert not torch.equal(numbers, token_uniforms(seeds, 4, 5000))
-    words = word_uniforms(seeds, 3, 10, 500)
-    assert bool(((words > 0) & (words < 1)).all())
-    assert (words.mean((1, 2)) - 0.5).abs().max() < 0.02
+    entries = vocabulary_uniforms(seeds, 3, 10, 500)
+    assert bool(((entries > 0) & (entries < 1)).all())
+    assert (entries.mean((1, 2)) - 0.5).abs().max() < 0.02
 
 
 def test_uniform_numbers_equal_their_definition_in_whole_numbers() -> None:
@@ -33,6 +36,14 @@ def test_uniform_numbers_equal_their_definition_in_whole_numbers() -> None:
         found = token_uniforms(torch.tensor([seed]), 9, 3)[0].tolist()
         assert found == [((number >> 32) + 0.5) / 2**32 for number in by_token]
         by_word = [mixed(mixed(mixed(mixed(mixed(seed % 2**64) ^ 2) ^ 9) ^ 0) ^ word) for word in range(3)]
-        found = word_uniforms(torch.tensor([seed]), 9, 1, 3)[0, 0].tolist()
+        found = vocabulary_uniforms(torch.tensor([seed]), 9, 1, 3)[0, 0].tolist()
         assert found == [((number >> 41) + 0.5) / 2**23 for number in by_word]
     assert token_uniforms(torch.tensor([42]), 9, 1).item() == pytest.approx(0.024954182445071638, abs=1e-15)
+
+
+def test_torch_and_numpy_mix_alike() -> None:
+    """One SplitMix64 for the order of data (numpy) and for samples (torch, whose integers have a sign)."""
+    counters = np.array([0, 1, 2, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15], dtype=np.uint64)
+    by_torch = uniforms._mixed(torch.from_numpy(counters.view(np.int64)))
+    by_numpy = randomness._mix(counters + np.uint64(randomness.GOLDEN))
+    assert np.array_equal(by_torch.numpy().view(np.uint64), by_numpy)

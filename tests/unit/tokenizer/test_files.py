@@ -6,7 +6,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from mvar.errors import TokenizerError
+from mvar.errors import TokenizerError, WriteError
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.files import load_quantizer, load_tokenizer, save_quantizer, save_tokenizer, sha256_of
 from mvar.tokenizer.quantizer import Quantizer
@@ -58,7 +58,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(TokenizerError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         save_tokenizer(path, tiny(vocab_size=17))
     assert sha256_of(path) == before
     assert os.listdir(tmp_path) == [path.name]

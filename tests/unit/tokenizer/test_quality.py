@@ -16,9 +16,11 @@ def pictures(seed: int, count: int = 4, side: int = 24) -> torch.Tensor:
 
 
 def test_psnr_is_ten_times_the_log_of_the_squared_range_over_the_error():
-    images, rebuilt = pictures(0), (pictures(0) + 0.2 * pictures(1)).clamp(-1, 1)
-    expected = [10 * math.log10(4 / mse) for mse in (images - rebuilt).double().square().mean(dim=(1, 2, 3)).tolist()]
-    assert psnr_db_N(rebuilt, images).tolist() == pytest.approx(expected, abs=1e-4)
+    images, reconstructed = pictures(0), (pictures(0) + 0.2 * pictures(1)).clamp(-1, 1)
+    expected = [
+        10 * math.log10(4 / mse) for mse in (images - reconstructed).double().square().mean(dim=(1, 2, 3)).tolist()
+    ]
+    assert psnr_db_N(reconstructed, images).tolist() == pytest.approx(expected, abs=1e-4)
     assert [psnr_db(10 ** (-db / 10) * 4) for db in expected] == pytest.approx(expected)
 
 
@@ -44,11 +46,13 @@ def ssim_by_hand(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_ssim_is_the_papers():
-    images, rebuilt = pictures(0), pictures(0) + 0.3 * pictures(1)
-    found = ssim_N(rebuilt, images)
-    expected = [ssim_by_hand(a, b) for a, b in zip(images.double().numpy(), rebuilt.double().numpy(), strict=True)]
+    images, reconstructed = pictures(0), pictures(0) + 0.3 * pictures(1)
+    found = ssim_N(reconstructed, images)
+    expected = [
+        ssim_by_hand(a, b) for a, b in zip(images.double().numpy(), reconstructed.double().numpy(), strict=True)
+    ]
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
-    library = StructuralSimilarityIndexMeasure(data_range=2.0)(rebuilt, images)
+    library = StructuralSimilarityIndexMeasure(data_range=2.0)(reconstructed, images)
     assert found.mean().item() == pytest.approx(library.item(), abs=1e-6)
 
 
@@ -57,19 +61,19 @@ def test_pictures_smaller_than_the_window_have_no_ssim():
 
 
 def test_parts_of_the_pictures_add_up_to_the_quality_of_all():
-    images, rebuilt = pictures(0, 6), pictures(1, 6)
+    images, reconstructed = pictures(0, 6), pictures(1, 6)
     counts = torch.arange(2 * 4.0).view(2, 4)
     whole, first, second = (Tally(2, 4) for _ in range(3))
-    whole.add(images, rebuilt, 2 * counts)
-    whole.add_scales(images, [rebuilt, images])
+    whole.add(images, reconstructed, 2 * counts)
+    whole.add_scales(images, [reconstructed, images])
     for tally, part in ((first, slice(0, 2)), (second, slice(2, 6))):
-        tally.add(images[part], rebuilt[part], counts)
-        tally.add_scales(images[part], [rebuilt[part], images[part]])
+        tally.add(images[part], reconstructed[part], counts)
+        tally.add_scales(images[part], [reconstructed[part], images[part]])
     one, two = whole.quality(whole.sums), whole.quality(first.sums + second.sums)
     for name, value in vars(one).items():
         assert vars(two)[name] == pytest.approx(value, rel=1e-6), name
     assert one.images == 6
-    assert one.l1 == pytest.approx((images - rebuilt).abs().mean().item())
+    assert one.l1 == pytest.approx((images - reconstructed).abs().mean().item())
     assert one.psnr_db_per_scale == [pytest.approx(one.psnr_db), 100.0]
     assert one.used_per_scale == [3, 4]
     assert one.used_share == 1

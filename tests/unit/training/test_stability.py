@@ -6,12 +6,19 @@ import math
 
 import pytest
 
+from mvar.run.loop import Votes
 from mvar.training.engine import Averages, StepResult
 from mvar.training.stability import KNOWN, DivergedError, Stability
 
 
 def step(loss: float = 6.0, norm: float | None = 1.0, *, skipped: bool = False, **changes: object) -> StepResult:
-    whole: dict[str, object] = {"lr": 1e-4, "weight_decay": 0.05, "bad_samples": [], "loss_scale": None, "votes": ()}
+    whole: dict[str, object] = {
+        "lr": 1e-4,
+        "weight_decay": 0.05,
+        "bad_samples": [],
+        "loss_scale": None,
+        "votes": Votes(),
+    }
     averages = Averages(8, loss, [loss], 0.04, [0.04])
     return StepResult(averages=averages, grad_norm=norm, skipped=skipped, **(whole | changes))  # type: ignore[arg-type]
 

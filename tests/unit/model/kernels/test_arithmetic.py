@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mvar.config import Precision, Switch
 from mvar.errors import BackendError
-from mvar.model.kernels.arithmetic import Arithmetic, Precision, Switch, ieee, products, running_sum, tf32_allowed
+from mvar.model.kernels.arithmetic import Arithmetic, ieee, products, running_sum, tf32_allowed
 from mvar.tokenizer.quantizer import Quantizer
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")

@@ -60,7 +60,7 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
         # learning rate that is off by a thousandth moves it by 8e-3.
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
     assert "adversarial_weight" in first["measured"][-1]
-    assert first["rebuilt"] == pytest.approx(one["rebuilt"], abs=1e-5)
+    assert first["reconstructed"] == pytest.approx(one["reconstructed"], abs=1e-5)
     for name, value in one["quality"].items():
         assert first["quality"][name] == pytest.approx(value, rel=1e-4), name
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from mvar.errors import MvarError, TokenizerError
-from mvar.tokenizer.training.losses import Rebuilt
+from mvar.tokenizer.training.losses import Reconstruction
 from mvar.tokenizer.training.perceptual import STAGES, Perceptual
 from tests.tiny_tokenizers import tiny_config, vgg_weights, write_vgg
 
@@ -17,8 +17,8 @@ def pictures(seed: int) -> torch.Tensor:
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def compare(seen: Perceptual, images: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
-    return seen(Rebuilt(images, rebuilt, None))  # type: ignore[arg-type]  # It looks at pictures only.
+def compare(seen: Perceptual, images: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
+    return seen(Reconstruction(images, reconstructed, None))  # type: ignore[arg-type]  # It looks at pictures only.
 
 
 def head_weights(width: int) -> dict[str, torch.Tensor]:
@@ -27,11 +27,11 @@ def head_weights(width: int) -> dict[str, torch.Tensor]:
     return {f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1, generator=generator) for k, w in enumerate(widths)}
 
 
-def by_hand(images: torch.Tensor, rebuilt: torch.Tensor, heads: dict[str, torch.Tensor] | None) -> float:
+def by_hand(images: torch.Tensor, reconstructed: torch.Tensor, heads: dict[str, torch.Tensor] | None) -> float:
     """LPIPS's formula in float64, read off the paper: layers in a list, unit vectors by F.normalize."""
     weights = {name: value.double() for name, value in vgg_weights(4).items()}
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = torch.cat([images, rebuilt]).double()
+    x = torch.cat([images, reconstructed]).double()
     x = (x * 0.5 + 0.5 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     total = 0.0
     for k, numbers in enumerate([(0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)]):
@@ -52,10 +52,10 @@ def test_the_distance_is_the_papers(tmp_path, suffix, with_heads):
         save_file(heads, tmp_path / "heads.safetensors")
     backbone = write_vgg(tmp_path / f"vgg{suffix}", width=4)
     seen = Perceptual(backbone, tmp_path / "heads.safetensors" if with_heads else None)
-    images, rebuilt = pictures(0), pictures(1)
-    expected = by_hand(images, rebuilt, heads)
+    images, reconstructed = pictures(0), pictures(1)
+    expected = by_hand(images, reconstructed, heads)
     assert expected > 0.01
-    assert compare(seen, images, rebuilt).item() == pytest.approx(expected, rel=1e-5)
+    assert compare(seen, images, reconstructed).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_equal_pictures_have_no_distance(tmp_path):
@@ -64,26 +64,26 @@ def test_equal_pictures_have_no_distance(tmp_path):
     assert compare(seen, pictures(0), pictures(0) + 0.01).item() > 0
 
 
-def test_gradients_reach_the_rebuilt_pictures_only_and_shrink_the_distance(tmp_path):
+def test_gradients_reach_the_reconstructed_pictures_only_and_shrink_the_distance(tmp_path):
     seen = Perceptual(write_vgg(tmp_path / "vgg.pth"))
-    images, rebuilt = pictures(0).requires_grad_(), pictures(1).requires_grad_()
-    before = compare(seen, images, rebuilt)
+    images, reconstructed = pictures(0).requires_grad_(), pictures(1).requires_grad_()
+    before = compare(seen, images, reconstructed)
     before.backward()
     assert images.grad is None
     assert all(parameter.grad is None for parameter in seen.parameters())
-    assert rebuilt.grad is not None and rebuilt.grad.isfinite().all()
-    after = compare(seen, images, rebuilt - 1e-3 * rebuilt.grad / rebuilt.grad.abs().max())
+    assert reconstructed.grad is not None and reconstructed.grad.isfinite().all()
+    after = compare(seen, images, reconstructed - 1e-3 * reconstructed.grad / reconstructed.grad.abs().max())
     assert after < before
 
 
 def test_places_where_nothing_fires_have_finite_gradients(tmp_path):
     weights = {name: value * 0 for name, value in vgg_weights(2).items()}  # every map is zero everywhere
     save_file(weights, tmp_path / "zero.safetensors")
-    rebuilt = pictures(1).requires_grad_()
-    distance = compare(Perceptual(tmp_path / "zero.safetensors"), pictures(0), rebuilt)
+    reconstructed = pictures(1).requires_grad_()
+    distance = compare(Perceptual(tmp_path / "zero.safetensors"), pictures(0), reconstructed)
     distance.backward()
     assert distance.item() == 0
-    assert rebuilt.grad is not None and rebuilt.grad.isfinite().all()
+    assert reconstructed.grad is not None and reconstructed.grad.isfinite().all()
 
 
 def test_the_real_layout_has_thirteen_convolutions_in_torchvisions_places():

@@ -6,16 +6,15 @@ import os
 import pytest
 import torch
 
-from mvar.errors import CheckpointError
-from mvar.tokenizer.training import state as states
-from mvar.tokenizer.training.state import State, StateFile
+from mvar.errors import CheckpointError, WriteError
+from mvar.tokenizer.training.state import StateFile, TokenizerTrainingState
 
 
-def some_state(step: int) -> State:
-    return State(step, {"model.a": torch.full((2, 3), float(step))}, {"lr": 0.1, "geometry.phis": 4})
+def some_state(step: int) -> TokenizerTrainingState:
+    return TokenizerTrainingState(step, {"model.a": torch.full((2, 3), float(step))}, {"lr": 0.1, "geometry.phis": 4})
 
 
-def same(a: State, b: State) -> bool:
+def same(a: TokenizerTrainingState, b: TokenizerTrainingState) -> bool:
     tensors = all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
     return tensors and a.tensors.keys() == b.tensors.keys() and (a.step, a.identity) == (b.step, b.identity)
 
@@ -63,8 +62,8 @@ def test_a_full_disk_leaves_the_states_before(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(states, "write_atomically", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*goes on from it"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=r"state\.safetensors.*No space left.*what is complete is kept"):
         file.write(some_state(2))
     assert same(StateFile(tmp_path).read(), some_state(1))
 

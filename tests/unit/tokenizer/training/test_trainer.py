@@ -16,7 +16,7 @@ from mvar.tokenizer.quality import psnr_db
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.training.codebook import count_usage_, revive_, start_codebook_, usage_SV
 from mvar.tokenizer.training.config import TokenizerTrainConfig
-from mvar.tokenizer.training.losses import LossTerm, Rebuilt, absolute_error, squared_error, total_loss
+from mvar.tokenizer.training.losses import LossTerm, Reconstruction, absolute_error, squared_error, total_loss
 from mvar.tokenizer.training.pictures import Pictures
 from mvar.tokenizer.training.trainer import Trainer
 from mvar.train_tokenizer import loss_terms
@@ -151,11 +151,11 @@ def test_training_revives_words_that_died():
     trainer.step(some_pixels())
     with torch.no_grad():
         trainer.vqvae.quantizer.embedding.weight[4:] = 1000.0
-    used_before = len(trainer.rebuild(some_pixels())[1].unique())
+    used_before = len(trainer.reconstruct(some_pixels())[1].unique())
     revived = [trainer.step(some_pixels())["revived"] for _ in range(8)]
     assert used_before <= 4
     assert sum(revived) >= 20
-    assert len(trainer.rebuild(some_pixels())[1].unique()) > used_before
+    assert len(trainer.reconstruct(some_pixels())[1].unique()) > used_before
     assert trainer.vqvae.quantizer.embedding.weight.abs().max() < 1000
 
 
@@ -163,17 +163,17 @@ def test_terms_are_weighted_in_the_total_and_reported_alone():
     quantizer = Quantizer(8, 4, (1, 2)).requires_grad_(False)
     quantized = quantizer(torch.zeros(1, 4, 2, 2))
     images = torch.zeros(1, 3, 2, 2)
-    rebuilt = torch.full_like(images, 0.5, requires_grad=True)
+    reconstructed = torch.full_like(images, 0.5, requires_grad=True)
     terms = [
         LossTerm("l1", 2.0, absolute_error),
         LossTerm("l2", 4.0, squared_error),
-        LossTerm("mine", 3.0, lambda batch: batch.rebuilt_BCHW.sum()),
+        LossTerm("mine", 3.0, lambda batch: batch.reconstructed_BCHW.sum()),
     ]
-    total, values = total_loss(terms, Rebuilt(images, rebuilt, quantized))
+    total, values = total_loss(terms, Reconstruction(images, reconstructed, quantized))
     assert {name: value.item() for name, value in values.items()} == {"l1": 0.5, "l2": 0.25, "mine": 6.0}
     assert total.item() == 2 * 0.5 + 4 * 0.25 + 3 * 6.0
     total.backward()
-    assert rebuilt.grad is not None
+    assert reconstructed.grad is not None
 
 
 def test_loss_falls_and_pictures_get_nearer():

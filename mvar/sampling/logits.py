@@ -1,6 +1,6 @@
-"""From logits to words: the unlikely ones filtered out, one drawn for each token, or several mixed.
+"""From logits to codes: the unlikely ones filtered out, one drawn for each token, or code vectors mixed.
 
-Shapes: B images, L tokens, K likeliest words, V vocabulary, C latent channels.
+Shapes: B images, L tokens, K likeliest codes, V vocabulary, C latent channels.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mvar.model.kernels.arithmetic import running_sum
-from mvar.sampling.uniforms import word_uniforms
+from mvar.sampling.uniforms import vocabulary_uniforms
 
 
 def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
     """-inf for what is not among the `top_k` largest (ties stay), then for the tail that holds 1 - `top_p`.
 
-    A word goes if the probability of all words up to and including it, the least likely first, is at most 1 - top_p. Of
-    equally likely words the lowest index goes first.
+    A code goes if the probability of all codes up to and including it, the least likely first, is at most 1 - top_p. Of
+    equally likely codes the lowest index goes first.
     """
     vocab = logits_BLV.shape[-1]
     count = top_k if 0 < top_k < vocab else vocab
@@ -36,7 +36,7 @@ def filter_logits(logits_BLV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _nucleus(logits_BLV: Tensor, ascending_BLK: Tensor, tail: float) -> tuple[Tensor, Tensor]:
-    """The least likely word's logit outside the tail, and how many words of just that logit belong to the tail.
+    """The least likely code's logit outside the tail, and how many codes of just that logit belong to the tail.
 
     `ascending`: the largest logits, sorted. Words that tie with the smallest of them count too, though not listed.
     """
@@ -67,10 +67,10 @@ def draw_codes(logits_BLV: Tensor, uniforms_BL: Tensor) -> Tensor:
     return torch.searchsorted(cumulated_BLV, aim_BL1, right=True).squeeze(-1).clamp_max(logits_BLV.shape[-1] - 1)
 
 
-def mix_words(logits_BLV: Tensor, words_VC: Tensor, seeds_B: Tensor, scale: int, progress: float) -> Tensor:
-    """A Gumbel-softmax mixture of words for each token, sharper from scale to scale: (B, L, C) float32."""
+def mix_code_vectors(logits_BLV: Tensor, vectors_VC: Tensor, seeds_B: Tensor, scale: int, progress: float) -> Tensor:
+    """A Gumbel-softmax mixture of code vectors for each token, sharper from scale to scale: (B, L, C) float32."""
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    uniforms_BLV = word_uniforms(seeds_B, scale, logits_BLV.shape[1], logits_BLV.shape[2])
+    uniforms_BLV = vocabulary_uniforms(seeds_B, scale, logits_BLV.shape[1], logits_BLV.shape[2])
     noise_BLV = -torch.log(-torch.log(uniforms_BLV))
     weights_BLV = ((logits_BLV * (1 + progress) + noise_BLV) / temperature).softmax(dim=-1)
-    return weights_BLV.float() @ words_VC.float()
+    return weights_BLV.float() @ vectors_VC.float()

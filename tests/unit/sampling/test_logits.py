@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mvar.sampling.logits import draw_codes, filter_logits
 from mvar.sampling.uniforms import token_uniforms
-from mvar.sampling.words import draw_codes, filter_logits
 from tests.golden import golden
 
 

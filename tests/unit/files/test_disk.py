@@ -1,0 +1,137 @@
+"""The one writer: complete or absent, synced file and folder, every error the project's own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvar.errors import WriteError
+from mvar.files.disk import place, write_file, write_text, writing, writing_folder
+
+CALLS = ("fsync", "replace", "rename")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the writer asks of the operating system, in order: `fsync file`, `replace`, `rename`, `fsync folder`."""
+    found: list[str] = []
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(what: Any, *more: Any) -> Any:
+            kind = ""
+            if name == "fsync":
+                kind = " folder" if stat.S_ISDIR(os.fstat(what).st_mode) else " file"
+            found.append(name + kind)
+            return original(what, *more)
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    return found
+
+
+def test_a_file_is_synced_before_it_has_its_name_and_its_folder_afterwards(tmp_path: Path, calls: list[str]) -> None:
+    with writing(tmp_path / "new/a.bin") as file:
+        file.write(b"first ")
+        file.write(b"second")
+        assert not (tmp_path / "new/a.bin").exists()
+    assert calls == ["fsync file", "replace", "fsync folder"]
+    assert (tmp_path / "new/a.bin").read_bytes() == b"first second"
+    write_file(tmp_path / "b.bin", b"bytes")
+    write_text(tmp_path / "c.txt", "für\n")
+    assert (tmp_path / "b.bin").read_bytes() == b"bytes" and (tmp_path / "c.txt").read_bytes() == "für\n".encode()
+    assert sorted(os.listdir(tmp_path)) == ["b.bin", "c.txt", "new"]
+
+
+def test_without_sync_a_file_is_still_complete_or_absent(tmp_path: Path, calls: list[str]) -> None:
+    with writing(tmp_path / "a", sync=False) as file:
+        file.write(b"x")
+    assert calls == ["replace"] and (tmp_path / "a").read_bytes() == b"x"
+    with pytest.raises(ValueError), writing(tmp_path / "b", sync=False) as file:
+        file.write(b"half")
+        raise ValueError
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_is_synced_before_it_has_its_name_and_takes_the_place_of_an_old_one(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    for number in range(2):
+        with writing_folder(tmp_path / "out") as folder:
+            (folder / f"{number}").write_text("x")
+    assert calls == ["fsync folder", "rename", "fsync folder", "fsync folder", "rename", "rename", "fsync folder"]
+    assert os.listdir(tmp_path / "out") == ["1"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_what_raises_leaves_what_was_there(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    with writing_folder(tmp_path / "f") as folder:
+        (folder / "x").write_text("old")
+    with pytest.raises(KeyError), writing(tmp_path / "a") as file:
+        file.write(b"new")
+        raise KeyError
+    with pytest.raises(KeyError), writing_folder(tmp_path / "f") as folder:
+        (folder / "y").write_text("new")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path / "f") == ["x"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "f"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_told_with_the_path_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    write_text(tmp_path / "a", "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(WriteError, match=r"/a: cannot be written \(No space left on device\)\. Make room"):
+        write_text(tmp_path / "a", "new")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_place_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for write in (
+        lambda path: write_text(path, "x"),
+        lambda path: writing_folder(path).__enter__(),
+        lambda path: place(path, lambda link: link.symlink_to("x")),
+    ):
+        with pytest.raises(WriteError, match=r"file/a: cannot be written \((File exists|Not a directory)\)"):
+            write(tmp_path / "file/a")
+
+
+@pytest.mark.parametrize(("number", "tolerated"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_file_systems_that_cannot_sync_folders_are_tolerated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, tolerated: bool
+) -> None:
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if tolerated:
+        write_text(tmp_path / "a", "x")
+    else:
+        with pytest.raises(WriteError, match="Input/output error"):
+            write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
+
+
+def test_a_link_is_replaced_in_one_step(tmp_path: Path) -> None:
+    for target in ("one", "two"):
+        place(tmp_path / "latest", lambda link, target=target: link.symlink_to(target))
+        assert os.readlink(tmp_path / "latest") == target
+    assert os.listdir(tmp_path) == ["latest"]
