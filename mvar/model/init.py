@@ -90,12 +90,16 @@ class Initializer:
 
 
 @torch.no_grad()
-def init_weights_(model: MVAR, seed: int, config: ModelConfig | None = None) -> None:
+def init_weights_(model: MVAR, seed: int, config: ModelConfig | None = None, **init: str | float) -> None:
     """Fill every parameter of `model` in place, in whatever dtype and on whatever device it is.
 
-    `config`: where its `init...` keys are taken from; depth and width are the model's.
+    `config`: where its `init...` keys are taken from, those that are given by themselves excepted, such as
+    `init_gamma=0.3`; depth and width are the model's. Raises TypeError for another keyword.
     """
-    own = (config or ModelConfig()).model_copy(update={"depth": model.depth, "width": model.width})
+    unknown = [key for key in init if not key.startswith("init") or key not in ModelConfig.model_fields]
+    if unknown:
+        raise TypeError(f"init_weights_: got an unexpected keyword argument {unknown[0]!r}")
+    own = (config or ModelConfig()).model_copy(update={**init, "depth": model.depth, "width": model.width})
     initializer = Initializer(seed, own)
     for name, parameter in model.named_parameters():
         parameter.copy_(initializer.value(name, parameter.shape))

@@ -45,6 +45,16 @@ def test_one_parameter_at_a_time_gives_the_same(shared: bool) -> None:
         assert torch.equal(alone, value)
 
 
+def test_keys_may_be_given_by_themselves() -> None:
+    made, same = model(), model()
+    init_weights_(made, 3, init_gamma=0.3, init="published")
+    init_weights_(same, 3, ModelConfig(init_gamma=0.3, init="published"))
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, same.state_dict()[name]), name
+    with pytest.raises(TypeError, match="unexpected keyword argument 'depth'"):
+        init_weights_(made, 3, depth=1)
+
+
 def test_parameters_keep_their_dtype() -> None:
     made = model().bfloat16()
     init_weights_(made, 0)
