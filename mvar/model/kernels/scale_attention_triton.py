@@ -82,7 +82,7 @@ class _ScaleAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_BLHD: Tensor) -> tuple[Tensor | None, ...]:
         qkv_BL3HD, scale_H, bounds_2L, out_BLHD, log_sums_BHL = ctx.saved_tensors
-        batch, length, _, heads, width = qkv_BL3HD.shape
+        batch, length, _, heads, _ = qkv_BL3HD.shape
         dout_BLHD = dout_BLHD.contiguous()
         dqkv_BL3HD, inner_BHL = torch.empty_like(qkv_BL3HD), torch.empty_like(log_sums_BHL)
         tiles = triton.cdiv(length, TILE)
