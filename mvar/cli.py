@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),
     "status": ("mvar.status", "how a training run is doing, on one screen"),
     "report": ("mvar.report", "draw the curves of a run"),
+    "doctor": ("mvar.doctor", "what this machine has, and what `auto` comes to on it"),
     "demo": ("mvar.demo", "the whole job on a few thousand real images"),
 }
 
