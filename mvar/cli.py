@@ -26,6 +26,7 @@ COMMANDS = {
     "slurm-scripts": ("mvar.cluster.scripts", "copy the Slurm scripts out of an installed mvar"),
     "status": ("mvar.status", "how a training run is doing, on one screen"),
     "report": ("mvar.report", "draw the curves of a run"),
+    "doctor": ("mvar.doctor", "what this machine has, and what `auto` comes to on it"),
     "demo": ("mvar.demo", "the whole job on a few thousand real images"),
 }
 

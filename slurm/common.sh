@@ -45,6 +45,14 @@ launch() {
   srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c 'trap "" USR1; cd "$1" && shift && exec "$@"' mvar "$PWD" "$@"
 }
 
+# examine ARGUMENTS...: writes what the job's first node has into the log, as `mvar doctor` sees it where the tasks will
+# run; once a job, of an array of many alike once. MVAR_DOCTOR=off leaves it out. No job fails by it.
+examine() {
+  if [ "${MVAR_DOCTOR:-on}" = off ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then return 0; fi
+  # shellcheck disable=SC2086
+  timeout 120 ${MVAR_LAUNCH:-} "$MVAR_PYTHON" -m mvar.doctor "$@" || say "mvar doctor did not finish"
+}
+
 # tasks_of_array ARGUMENTS...: sets `share` to the --task and --tasks of this task of an array. With --tasks N among the
 # arguments, that is how many there are: a part of an array that is submitted again keeps its old numbers.
 tasks_of_array() {

@@ -68,3 +68,11 @@ def test_slurm_accepts_the_request_of_each_recipe(cluster: Cluster, tmp_path: Pa
 def test_every_recipe_of_a_training_is_named() -> None:
     trainings = {path.stem for path in (ROOT / "recipes").glob("*.yaml") if "global_batch:" in path.read_text()}
     assert trainings == set(NODES)
+
+
+def test_a_job_says_in_its_log_what_its_node_has(cluster: Cluster, tmp_path: Path) -> None:
+    """Also where the job itself goes wrong: that is when one wants to know."""
+    job = cluster.sbatch(ROOT / "slurm" / "evaluate.sbatch", "--samples", "none", cwd=tmp_path, MVAR_DOCTOR="on")
+    cluster.wait(job)
+    log = next(tmp_path.glob(f"*{job}*.log")).read_text()
+    assert "GPUs" in log and "compilers" in log and "cores" in log
