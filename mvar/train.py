@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mvar.checkpoint.choosing import retain
 from mvar.checkpoint.saver import Saved, Saver
@@ -145,9 +146,9 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
         self.note(self.saver.save(self.engine.progress(done, validation_loss), last=last))
 
     def finish(self, done: int) -> None:
-        run = self.session.run
-        if self.session.world.is_main:
-            run.finish(done, self.job.plan.samples(done))
+        run, world = self.session.run, self.session.world
+        world.together(lambda: run.finish(done, self.job.plan.samples(done)) if world.is_main else None)
+        if world.is_main:
             print(f"finished after {done} steps: {run.path}", flush=True)
         self.history.end(EXIT_FINISHED, done, "finished")
 
@@ -212,7 +213,7 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
         """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes."""
         self.session.watchdog.feed()
         tracking, classes, world = self.job.config.tracking, self.job.model.num_classes, self.session.world
-        assert classes is not None and self.job.config.data.tokenizer is not None
+        assert classes is not None
         rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
         labels = rows.repeat(tracking.sample_per_class)
         share = math.ceil(len(labels) / world.size)
@@ -226,12 +227,17 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
                 parts.append(codes_BL.cpu())
         codes_NL = torch.cat(world.gather(torch.cat(parts)))[: len(labels)]
         name = f"samples/step-{done:09d}.png"
-        if world.is_main:
-            tokenizer = load_tokenizer(self.job.config.data.tokenizer).eval().to(world.device)
-            with torch.no_grad():
-                decoded = [to_uint8(tokenizer.decode(codes.to(world.device))) for codes in torch.split(codes_NL, 16)]
-            save_png(self.session.run.path / name, grid(np.concatenate(decoded), columns=tracking.sample_per_class))
+        world.together(lambda: self.paint(codes_NL, self.session.run.path / name) if world.is_main else None)
         self.tracker.write("sample", done, file=name)
+
+    @torch.no_grad()
+    def paint(self, codes_NL: Tensor, path: Path) -> None:
+        """Decode drawn codes, and write the grid. Raises TokenizerError, WriteError."""
+        assert self.job.config.data.tokenizer is not None
+        device = self.session.world.device
+        tokenizer = load_tokenizer(self.job.config.data.tokenizer).eval().to(device)
+        decoded = [to_uint8(tokenizer.decode(codes_BL.to(device))) for codes_BL in torch.split(codes_NL, 16)]
+        save_png(path, grid(np.concatenate(decoded), columns=self.job.config.tracking.sample_per_class))
 
 
 def losses_of(averages: Averages) -> dict[str, object]:

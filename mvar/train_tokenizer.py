@@ -119,8 +119,8 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
             ram_gib=config.ram_gib,
             workers=threads,
         )
+        world.together(lambda: write_text(run.config, dump(config)) if world.is_main else None)
         if world.is_main:
-            write_text(run.config, dump(config))
             print(f"resuming after step {done}" if done else "beginning", flush=True)
             _announce(config, source, held_out, trainer, pictures.steps_per_epoch)
         tracker = stack.enter_context(_tracker(config, world, done))

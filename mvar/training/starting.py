@@ -45,9 +45,9 @@ def begin(engine: Engine, run: RunFolder, job: TrainingJob, world: World, found:
         else:
             engine.initialise(world.together(lambda: initial_values(source, job.model, digests=world.is_main)))
         done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
+    world.together(lambda: write_text(run.config, dump(job.config)) if world.is_main else None)
     if world.is_main:
         run.finished.unlink(missing_ok=True)
-        write_text(run.config, dump(job.config))
         print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
         print("\n".join(f"  {name}: {choice}" for name, choice in engine.choices.items()), flush=True)
         if len(job.plan.phases) > 1:
