@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mvar.log import log
+
 PROGRESS_EVERY_S = 5.0
 
 
@@ -59,7 +61,7 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        print(f"{self.title}: {text}", flush=True)
+        log.info("%s: %s", self.title, text)
 
 
 def clock(seconds: float) -> str:

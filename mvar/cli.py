@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from mvar.errors import MvarError
+from mvar.log import log, speaking
 
 COMMANDS = {
     "train": ("mvar.train", "train the transformer on a code store"),
@@ -30,13 +31,14 @@ COMMANDS = {
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main`; an MvarError becomes one message on stderr and exit code 2."""
-    try:
-        return main(argv)
-    except MvarError as error:
-        print(f"mvar: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with speaking():
+        try:
+            return main(argv)
+        except MvarError as error:
+            log.error("%s", error)
+            return 2
+        except KeyboardInterrupt:
+            return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name:18} {summary}" for name, (_, summary) in COMMANDS.items()))
         return 0
     if args[0] not in COMMANDS:
-        print(f"mvar: error: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        with speaking():
+            log.error("unknown command %r; commands: %s.", args[0], ", ".join(COMMANDS))
         return 2
     module = import_module(COMMANDS[args[0]][0])
     return run_command(module.main, args[1:])

@@ -24,6 +24,7 @@ from torch import Tensor
 from mvar.cli import run_command
 from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
+from mvar.log import log
 from mvar.model.transformer import MVAR
 from mvar.sampling.sampler import check_geometry, generate_latent
 from mvar.tokenizer.files import load_tokenizer
@@ -177,7 +178,7 @@ def draw_all(painter: Painter, pictures: Sequence[Picture]) -> Iterator[tuple[Pi
         if now_s - said_s > PROGRESS_EVERY_S or done == len(pictures):
             rate = done / (now_s - began_s)
             left_s = (len(pictures) - done) / rate
-            print(f"sample: {done}/{len(pictures)} images   {rate:.3g} images/s   {left_s:.0f} s left", flush=True)
+            log.info("sample: %d/%d images   %.3g images/s   %.0f s left", done, len(pictures), rate, left_s)
             said_s = now_s
 
 
@@ -193,7 +194,7 @@ def write_grid(
         assert out is not None
         file = picture.path(out)
         if not file.is_file():
-            print(f"grid {path}: left to the task that ends last; {file} does not exist yet", flush=True)
+            log.info("grid %s: left to the task that ends last; %s does not exist yet", path, file)
             return
         try:
             with Image.open(file) as image:
@@ -292,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         claim(args.out, settings)
         remove_leftovers(args.out, mine)
         waiting = [picture for picture in mine if not picture.path(args.out).is_file()]
-        print(f"sample: {len(mine)} images are this task's, {len(mine) - len(waiting)} of them exist", flush=True)
+        log.info("sample: %d images are this task's, %d of them exist", len(mine), len(mine) - len(waiting))
         for picture, pixels in draw_all(painter, waiting):
             save_png(picture.path(args.out), pixels)
     if args.grid is not None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,16 +28,18 @@ from mvar.data.prefetch import Feed
 from mvar.data.stream import Batch, eval_batches
 from mvar.errors import ConfigError, MvarError
 from mvar.images.arrays import grid, save_png, to_uint8
+from mvar.log import log, rank_hint, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.folder import RunFolder
 from mvar.run.history import History
-from mvar.run.launcher import detect, rank_hint
+from mvar.run.launcher import detect
 from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
 from mvar.run.world import RemoteError, World
 from mvar.sampling.sampler import generate
 from mvar.settings import describe, load
 from mvar.tokenizer.files import load_tokenizer
+from mvar.training.chosen import announce, chosen
 from mvar.training.engine import Averages, Engine, StepResult
 from mvar.training.job import Job, prepare
 from mvar.training.mfu import Utilisation
@@ -60,10 +60,12 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         ours = world.together(lambda: stack.enter_context(claim(run, config, world)))
         if from_scratch:
             world.together(lambda: run.set_aside() if world.is_main else None)
+        write_to(run.logs)
+        log.info(f"{world.size} ranks; rank {world.rank} on {world.device}, process {os.getpid()}")
         finished = world.share(world.together(lambda: run.finished_at() if world.is_main else (-1, -1)))
         if job.plan.is_over(*finished):
             if world.is_main:
-                print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
+                log.info("%s: finished; nothing is left to do (raise epochs or max_steps to go on).", run.path)
             return EXIT_FINISHED
         stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
@@ -73,6 +75,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         engine = Engine(config, job.model, job.plan, job.split, objective, world)
         watchdog.feed()
         done = begin(engine, run, job, world, found)
+        announce(world, chosen(job, world))
         history.going_on(done)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
         started = Started(engine, run, world, history, stops, watchdog, ours, utilisation)
@@ -113,6 +116,7 @@ def training(started: Started, job: Job, done: int) -> Iterator[Training]:
         feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
         world.raise_together(feed.error)
         saver = Saver(started.run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
+        tell([saver.chosen])
         stability = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas)
         yield Training(**vars(started), job=job, tracker=tracker, saver=saver, feed=feed, stability=stability)
 
@@ -158,7 +162,7 @@ class Training(Started):
                 return self.stop(done)
         if self.world.is_main:
             self.run.finish(last_step, self.job.plan.samples(last_step))
-            print(f"finished after {last_step} steps: {self.run.path}", flush=True)
+            log.info("finished after %d steps: %s", last_step, self.run.path)
         self.history.end(EXIT_FINISHED, last_step, "finished")
         return EXIT_FINISHED
 
@@ -179,7 +183,7 @@ class Training(Started):
     def stop(self, done: int) -> int:
         reason = self.stops.reason or "another rank was asked to"
         if self.world.is_main:
-            print(f"stopped after step {done} ({reason}); run the same command to go on.", flush=True)
+            log.info("stopped after step %d (%s); run the same command to go on.", done, reason)
             self.run.stop_file.unlink(missing_ok=True)
         self.history.end(EXIT_STOPPED, done, reason)
         return EXIT_STOPPED
@@ -331,14 +335,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = train(config, world, from_scratch=args.from_scratch, change_batch=args.change_batch)
     except RemoteError as error:
+        log.warning("%s", error)
         code = 2 if error.expected else 1
     except MvarError:
         worlds.finish()
         raise
     except Exception:
         # At once and without goodbyes: the other ranks learn of it when this one is gone.
-        traceback.print_exc()
-        sys.stderr.flush()
+        log.critical("this rank fails", exc_info=True)
         os._exit(1)
     worlds.finish()
     return code

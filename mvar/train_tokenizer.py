@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -32,9 +31,9 @@ from mvar.errors import CheckpointError, MvarError
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
 from mvar.images.sources import Source
+from mvar.log import log, rank_hint, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.folder import RunFolder
-from mvar.run.launcher import rank_hint
 from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
 from mvar.run.world import RemoteError, World, cores
@@ -98,8 +97,10 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         result = config.out / "tokenizer.safetensors"
         if done == config.steps and world.share(result.exists()):
             if world.is_main:
-                print(f"already finished: {result}")
+                log.info("already finished: %s", result)
             return EXIT_FINISHED
+        write_to(run.logs)
+        log.info(f"{world.size} ranks; rank {world.rank} on {world.device}, process {os.getpid()}")
         stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s))
         threads = config.threads or max(1, cores() // world.place.local_size)
         if world.device.type == "cpu":
@@ -115,8 +116,9 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         pictures = Pictures(source, size, config.resize, config.batch, config.seed, **more)
         if world.is_main:
             write_atomically(run.config, dump(config).encode())
-            print(f"resuming after step {done}" if done else "beginning", flush=True)
+            log.info("resuming after step %d" if done else "beginning", *([done] if done else []))
             _announce(config, source, held_out, trainer, pictures.steps_per_epoch)
+        tell(trainer.chosen)
         tracker = stack.enter_context(_tracker(config, world, done))
         feed = Feed(stack.enter_context(closing(pictures.batches(done, config.steps))), 1)
         lasting = (config, world, run, states, identity, trainer, held_out, tracker, feed, stops, watchdog, ours)
@@ -243,9 +245,7 @@ class Training:
     def stop(self) -> int:
         reason = self.stops.reason or "another rank was asked to"
         if self.world.is_main:
-            print(
-                f"stopped after step {self.trainer.step_number} ({reason}); run the same command to go on.", flush=True
-            )
+            log.info("stopped after step %d (%s); run the same command to go on.", self.trainer.step_number, reason)
             self.run.stop_file.unlink(missing_ok=True)
         return EXIT_STOPPED
 
@@ -254,7 +254,7 @@ class Training:
         self.draw(self.run.path / "reconstructions.png")
         result = self.run.path / "tokenizer.safetensors"
         save_tokenizer(result, self.trainer.result)
-        print(f"wrote {result}", flush=True)
+        log.info("wrote %s", result)
 
 
 def due(step: int, every: int) -> bool:
@@ -317,12 +317,11 @@ def _announce(
     where = "of them measured (none are held out)" if held_out.learned_from else "held out"
     tokens, words = trainer.vqvae.quantizer.pyramid.total, config.geometry.vocab_size
     parameters_millions = sum(parameter.numel() for parameter in trainer.parameters.values()) / 1e6
-    print(
+    log.info(
         f"{len(source.splits['train'])} images of {len(source.classes)} classes, {held_out.total} {where}; "
         f"{config.geometry.image_size} px -> {tokens} tokens of {words} words; {parameters_millions:.2f}M parameters; "
         f"{config.steps} steps of {config.batch} ({config.steps / steps_per_epoch:.1f} epochs)"
-        + (f"; {trainer.world.size} processes" if trainer.world.size > 1 else ""),
-        flush=True,
+        + (f"; {trainer.world.size} processes" if trainer.world.size > 1 else "")
     )
 
 
@@ -351,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = train(config, world)
     except RemoteError as error:
+        log.warning("%s", error)
         code = 2 if error.expected else 1
     except MvarError:
         worlds.finish()
@@ -359,8 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.size == 1:
             raise
         # At once and without goodbyes: the other ranks learn of it when this one is gone.
-        traceback.print_exc()
-        sys.stderr.flush()
+        log.critical("this rank fails", exc_info=True)
         os._exit(1)
     worlds.finish()
     if world.size > 1:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 from mvar.checkpoint.record import Record
 from mvar.errors import CheckpointError
 from mvar.files.disk import discard_folder, sha256_of
+from mvar.log import log
 from mvar.run.names import folder_of, steps_in
 from mvar.run.world import World
 
@@ -53,7 +53,7 @@ def choose(checkpoints: Path, world: World, *, trust_sizes: bool = False) -> Pat
             return folder
         if world.is_main:
             aside = _set_aside(folder, "damaged")
-            print(f"mvar: WARNING: damaged checkpoint set aside as {aside.name}: {problems[0]}", file=sys.stderr)
+            log.warning("damaged checkpoint set aside as %s: %s", aside.name, problems[0])
     return None
 
 
@@ -92,7 +92,7 @@ def retain(checkpoints: Path, *, last: int, every: int = 0, best: bool = False) 
             if step not in kept:
                 discard_folder(folder_of(checkpoints, step))
     except OSError as error:  # Too many checkpoints are no reason to end a training.
-        print(f"mvar: WARNING: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)
+        log.warning("an old checkpoint cannot be removed: %s", error)
 
 
 def _best_of(checkpoints: Path, steps: list[int]) -> set[int]:

@@ -10,11 +10,10 @@ waits for the one before. The buffer is allocated once, so memory does not grow.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -26,6 +25,7 @@ from mvar.checkpoint.record import Identity, Progress
 from mvar.checkpoint.saving import Draft
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError
+from mvar.log import Chosen, log
 from mvar.run.world import RemoteError, World
 
 SNAPSHOT_SHARE = 0.5
@@ -67,11 +67,16 @@ class Saver:
         settings: CheckpointConfig,
         sync_records: Callable[[], None] = lambda: None,
     ) -> None:
-        """`sync_records`: called on rank 0 first; if it raises OSError, the save has failed."""
+        """By all ranks together. `sync_records`: called on rank 0 first; if it raises OSError, the save has failed."""
         self._checkpoints, self._partition, self._world, self._identity = checkpoints, partition, world, identity
         self._settings, self._sync_records = settings, sync_records
         self._buffer: Tensor | None = None
-        self._background: bool | None = None if settings.background == "auto" else False
+        without = self._ranks_without_room() if settings.background == "auto" else 0
+        self._background = settings.background == "auto" and not without
+        self.chosen = Chosen("saving", "while training goes on" if self._background else "training waits")
+        """How checkpoints are written."""
+        if without:
+            self.chosen = replace(self.chosen, reason=f"{without} ranks lack memory for a snapshot", slow=True)
         self._flight: _Flight | None = None
 
     @property
@@ -92,7 +97,7 @@ class Saver:
         failed = self._attempt(flight, lambda: draft.begin(self._sync_records), last)
         if failed is not None:
             return [*settled, failed]
-        if last or not self._fits():
+        if last or not self._background:
             draft.write(values for _, _, values in self._partition.blocks())
             return [*settled, self._commit(flight, began, last=last)]
         values = self._snapshot()
@@ -129,21 +134,16 @@ class Saver:
             if last or not expected or self._settings.on_failure == "stop":
                 raise
             if self._world.is_main:
-                print(f"mvar: WARNING: step {flight.step} was not saved: {error}", file=sys.stderr, flush=True)
+                log.warning("step %d was not saved: %s", flight.step, error)
             seconds = time.perf_counter() - flight.began
             return Saved(flight.step, seconds, flight.stall_s, str(error))
         return None
 
-    def _fits(self) -> bool:
-        """Whether every machine has room for its ranks' snapshots. Decided once, by all ranks alike."""
-        if self._background is None:
-            needed = self._partition.bytes_owned * self._world.place.local_size
-            room = needed <= SNAPSHOT_SHARE * available_memory()
-            without = int(self._world.sum(torch.tensor([int(not room)]))[0])
-            self._background = without == 0
-            if without and self._world.is_main:
-                print(f"checkpoints stop the training: {without} ranks lack memory for a snapshot", flush=True)
-        return self._background
+    def _ranks_without_room(self) -> int:
+        """How many ranks are on machines that have no room for the snapshots of theirs."""
+        needed = self._partition.bytes_owned * self._world.place.local_size
+        room = needed <= SNAPSHOT_SHARE * available_memory()
+        return int(self._world.sum(torch.tensor([int(not room)]))[0])
 
     def _snapshot(self) -> list[Tensor]:
         if self._buffer is None:

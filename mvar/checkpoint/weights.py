@@ -6,7 +6,6 @@ Everything is read by name, one parameter at a time, so memory need not hold a m
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from mvar.checkpoint.partition import WEIGHT
 from mvar.checkpoint.record import RECORD
 from mvar.config import ModelConfig
 from mvar.errors import CheckpointError
+from mvar.log import log
 from mvar.run.names import folder_of, steps_in
 from mvar.scales import ScalePyramid
 
@@ -99,7 +99,7 @@ def _checkpoint_in(path: Path, step: int | None, digests: bool) -> Path:
         problem = problem_of(folder_of(checkpoints, candidate), digests=digests)
         if problem is None:
             return folder_of(checkpoints, candidate)
-        print(f"mvar: WARNING: damaged checkpoint passed over: {problem}", file=sys.stderr)
+        log.warning("damaged checkpoint passed over: %s", problem)
     raise CheckpointError(f"{path}: no usable checkpoint in it. Give a run folder, a checkpoint folder or a file.")
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ import psutil
 import torch
 
 from mvar.config import TrackingConfig
+from mvar.log import log
 
 Record = dict[str, Any]
 
@@ -71,7 +71,7 @@ class JsonLines:
             self._flush()
         except OSError as error:
             if len(self._waiting) == 1:
-                print(f"mvar: WARNING: {self._file.name}: {error}; records wait.", file=sys.stderr, flush=True)
+                log.warning("%s: %s; records wait.", self._file.name, error)
 
     def _flush(self) -> None:
         end = self._file.seek(0, os.SEEK_END)
@@ -93,7 +93,7 @@ class JsonLines:
         try:
             self._flush()
         except OSError:  # Of steps since the last checkpoint: they will be done again.
-            print(f"mvar: WARNING: {len(self._waiting)} last records are lost: no room.", file=sys.stderr, flush=True)
+            log.warning("%d last records are lost: no room.", len(self._waiting))
         self._file.close()
 
 
@@ -127,13 +127,13 @@ class Console:
         if record["kind"] == "train":
             self._since.append(record)
             if record["step"] % self._every == 0 or record["step"] == self._last_step or record["skipped"]:
-                print(self._line(), flush=True)
+                log.info(self._line())
                 self._since = []
         elif record["kind"] == "val":
             accuracy = 100 * (record["accuracy"] or 0)
-            print(f"{self._place(record)}  validation loss {_show(record['loss'])}  acc {accuracy:5.2f}%", flush=True)
+            log.info(f"{self._place(record)}  validation loss {_show(record['loss'])}  acc {accuracy:5.2f}%")
         elif record["kind"] == "sample":
-            print(f"{self._place(record)}  samples: {record['file']}", flush=True)
+            log.info(f"{self._place(record)}  samples: {record['file']}")
 
     def _place(self, record: Record) -> str:
         width = len(str(self._last_step))
@@ -278,7 +278,7 @@ class Guarded:
             action()
         except Exception as error:
             self._sink = None
-            print(f"mvar: {self._name} failed and is off from here: {error}", file=sys.stderr, flush=True)
+            log.warning("%s failed and is off from here: %s", self._name, error)
 
 
 class Tracker:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mvar.checkpoint.record import require_same
 from mvar.checkpoint.weights import initial_values
 from mvar.config import TrainConfig
 from mvar.errors import TrainingError
+from mvar.log import log
 from mvar.run.folder import RunFolder
 from mvar.run.world import World
 from mvar.schedule import Plan, Stretch
@@ -45,9 +45,9 @@ def begin(engine: Engine, run: RunFolder, job: Job, world: World, found: Path | 
     if world.is_main:
         run.finished.unlink(missing_ok=True)
         run.config.write_text(dump(job.config), encoding="utf-8")
-        print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
+        log.info("%s: %s", where, summary(job, engine.parameters, engine.stage))
         if len(job.plan.stretches) > 1:
-            print(f"  global batch by first step: {[(s.step, s.global_batch) for s in job.plan.stretches]}", flush=True)
+            log.info("global batch by first step: %s", [(s.step, s.global_batch) for s in job.plan.stretches])
     return done
 
 
@@ -75,9 +75,5 @@ def go_back(engine: Engine, run: RunFolder, job: Job, world: World, bad: Diverge
     job = replace(job, plan=Plan.of(job.config, len(job.store.split("train")), stretches))
     engine.plan = job.plan
     if world.is_main:
-        print(
-            f"mvar: WARNING: {bad}. Went back to {found.name}; the {end - begin:,} images after it are skipped.",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.warning("%s. Went back to %s; the %s images after it are skipped.", bad, found.name, f"{end - begin:,}")
     return job, done

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from mvar.log import log
+
 Record = dict[str, Any]
 
 
@@ -21,7 +23,7 @@ class Console:
     def write(self, record: Record) -> None:
         show = {"train": self._train, "val": _val, "sample": _sample}.get(record["kind"])
         if show is not None:
-            print(show(record), flush=True)
+            log.info(show(record))
 
     def _train(self, record: Record) -> str:
         step = record["step"]

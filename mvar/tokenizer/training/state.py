@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mvar.errors import CheckpointError
+from mvar.log import log
 from mvar.tokenizer.files import digest_of, write_atomically
 
 FORMAT = 2
@@ -81,7 +81,7 @@ class StateFile:
             ) from None
 
     def read(self) -> State:
-        """The newest state that is whole; one that is damaged is told of on stderr. Raises CheckpointError."""
+        """The newest state that is whole; one that is damaged is told of. Raises CheckpointError."""
         try:
             return _read(self.path)
         except CheckpointError as newest:
@@ -89,11 +89,7 @@ class StateFile:
                 raise
             state = _read(self.before)
             self._newest_is_damaged = True
-            print(
-                f"mvar: WARNING: {newest} Going on from the one before it, {self.before.name}, step {state.step}.",
-                file=sys.stderr,
-                flush=True,
-            )
+            log.warning("%s Going on from the one before it, %s, step %d.", newest, self.before.name, state.step)
             return state
 
     def remove_leftovers(self) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mvar.errors import TrainingError
 from mvar.images.arrays import from_uint8
+from mvar.log import Chosen
 from mvar.randomness import uniform
 from mvar.run.world import World
 from mvar.tokenizer.quality import Quality, Tally, psnr_db
@@ -84,6 +85,16 @@ class Trainer:
         # One machine without these instructions decides for all: ranks must not differ.
         fast_everywhere = int(world.sum(torch.tensor([int(has_fast_bf16(self.device))]))[0]) == world.size
         self._bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_everywhere)
+        slow = config.precision == "auto" and not fast_everywhere
+        self.chosen = [
+            Chosen(
+                "CPU threads",
+                f"{threads} a process",
+                "" if config.threads else "the cores are divided by the processes here",
+            ),
+            Chosen("convolutions", "bf16" if self._bf16 else "fp32", "not every process has fast bf16" if slow else ""),
+        ]
+        """What was decided by itself."""
 
     # ---- learning
 

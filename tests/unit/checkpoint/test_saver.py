@@ -17,6 +17,7 @@ from mvar.checkpoint.record import Progress
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError
+from mvar.log import Chosen
 from mvar.run.names import folder_of, steps_in
 from tests.unit.checkpoint.test_checkpoint import ALONE, HandMade, identity, values
 
@@ -88,15 +89,18 @@ def test_the_last_one_exists_when_the_call_returns(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_without_memory_for_a_snapshot_training_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_memory_for_a_snapshot_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saver, "available_memory", lambda: 100)
     saving = make(tmp_path, values(1))
     for step in (1, 2):
         assert [saved.step for saved in saving.save(Progress(step))] == [step]
     assert saving._buffer is None
-    assert capsys.readouterr().out.count("lack memory for a snapshot") == 1
+    assert saving.chosen == Chosen("saving", "training waits", "1 ranks lack memory for a snapshot", slow=True)
+
+
+def test_how_it_saves_is_told(tmp_path: Path) -> None:
+    assert make(tmp_path, values(1)).chosen == Chosen("saving", "while training goes on")
+    assert make(tmp_path, values(1), background="off").chosen == Chosen("saving", "training waits")
 
 
 @pytest.mark.parametrize("background", ["auto", "off"])
