@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mvar.cli import run_command
-from mvar.config import TrackingConfig
+from mvar.config import Phase, TrackingConfig
 from mvar.data.prefetch import Feed
 from mvar.errors import CheckpointError, MvarError
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
@@ -36,7 +36,7 @@ from mvar.run import world as worlds
 from mvar.run.folder import RunFolder
 from mvar.run.stopping import EXIT_FINISHED, EXIT_STOPPED, StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
-from mvar.run.world import RemoteError, World, cores
+from mvar.run.world import RemoteError, World, be_patient, cores
 from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of, write_atomically
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
@@ -81,7 +81,9 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
     """
     run = RunFolder(config.out)
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.watchdog_s))
+        limits_s: dict[Phase, float] = dict.fromkeys(("start", "step", "validate", "save"), config.watchdog_s)
+        watchdog = stack.enter_context(Watchdog(limits_s))
+        be_patient(limits_s.values())
         world.together(lambda: require_work_for_all(config.batch, world))
         terms = world.together(lambda: loss_terms(config.loss, world.device))
         # One listing for all: a folder that changes in between would be two data sets.
@@ -101,7 +103,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
             return EXIT_FINISHED
         write_to(run.logs)
         log.info(f"{world.size} ranks; rank {world.rank} on {world.device}, process {os.getpid()}")
-        stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s))
+        stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s, looks=world.is_main))
         threads = config.threads or max(1, cores() // world.place.local_size)
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
@@ -178,6 +180,9 @@ class Training:
     def loop(self) -> int:
         """From the steps that are done to the last one: batch -> step -> track -> maybe judge, save, stop."""
         config, trainer = self.config, self.trainer
+        done = trainer.step_number
+        if done and self.judges(done) and "val" not in self.world.share(self.tracker.resumed):
+            self.judge(done)  # A kill came between the save and what follows it.
         while trainer.step_number < config.steps:
             self.watchdog.feed()
             watch = Stopwatch()
@@ -191,14 +196,14 @@ class Training:
             stop, lost, unreadable = self.voted()
             if lost:
                 self.world.raise_together(None if self.ours() else self.run.loss(self.config.takeover_s))
-            if due(step, config.validate_every) or ending:
-                self.judge(step)
             if due(step, config.save_every) or ending or stop or (unreadable and not ending):
                 self.save()
             if unreadable and not ending:
                 self.world.raise_together(self.feed.error)
             if stop and not ending:
                 return self.stop()
+            if self.judges(step):
+                self.judge(step)
         self.world.together(lambda: self.finish() if self.world.is_main else None)
         return EXIT_FINISHED
 
@@ -211,13 +216,19 @@ class Training:
         own = [self.stops.reason is not None, not self.ours(), self.feed.error is not None]
         return [int(votes) for votes in self.world.sum(torch.tensor(own, dtype=torch.float64))]
 
+    def judges(self, step: int) -> bool:
+        return due(step, self.config.validate_every) or step == self.config.steps
+
     def judge(self, step: int) -> None:
-        """Quality on held-out pictures, and some of them to look at."""
-        self.watchdog.feed()
+        """Quality on held-out pictures, and some of them to look at; not being able to draw them is told."""
+        self.watchdog.feed("validate")
         self.tracker.write("val", step, **asdict(self.trainer.quality(self.held_out.own)))
         name = f"{self.run.samples.name}/step-{step:09d}.png"
-        self.world.together(lambda: self.draw(self.run.path / name) if self.world.is_main else None)
-        self.tracker.write("sample", step, file=name)
+        try:
+            self.world.together(lambda: self.draw(self.run.path / name) if self.world.is_main else None)
+            self.tracker.write("sample", step, file=name)
+        except Exception as error:
+            log.warning("step %d: no pictures were drawn: %s: %s", step, type(error).__name__, error)
         self.watchdog.feed()
 
     def draw(self, path: Path) -> None:
@@ -226,7 +237,7 @@ class Training:
 
     def save(self) -> None:
         """Write the state. Raises CheckpointError, TrainingError (RemoteError on other ranks)."""
-        self.watchdog.feed()
+        self.watchdog.feed("save")
         weights = [*self.trainer.parameters.values(), *self.trainer.vqvae.buffers()]
         require_equal(self.world, weights, f"tokenizer training, step {self.trainer.step_number}")
         self.world.together(lambda: self.write() if self.world.is_main else None)

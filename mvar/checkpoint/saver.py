@@ -22,11 +22,13 @@ from torch import Tensor
 
 from mvar.checkpoint.partition import Partition
 from mvar.checkpoint.record import Identity, Progress
-from mvar.checkpoint.saving import Draft
+from mvar.checkpoint.saving import Draft, note_validation
 from mvar.config import CheckpointConfig
-from mvar.errors import CheckpointError
+from mvar.errors import CheckpointError, MvarError
 from mvar.log import Chosen, log
+from mvar.run.names import folder_of
 from mvar.run.world import RemoteError, World
+from mvar.threads import helper
 
 SNAPSHOT_SHARE = 0.5
 """A machine's snapshots may take this share of the memory that is available."""
@@ -101,8 +103,7 @@ class Saver:
             draft.write(values for _, _, values in self._partition.blocks())
             return [*settled, self._commit(flight, began, last=last)]
         values = self._snapshot()
-        flight.thread = threading.Thread(target=draft.write, args=(values,), name="mvar-checkpoint", daemon=True)
-        flight.thread.start()
+        flight.thread = helper(lambda: draft.write(values), "mvar-checkpoint")
         flight.stall_s = time.perf_counter() - began
         self._flight = flight
         return settled
@@ -115,6 +116,20 @@ class Saver:
         since = time.perf_counter()
         flight.thread.join()
         return [self._commit(flight, since)]
+
+    def validated(self, step: int, loss: float) -> None:
+        """The validation loss of a step that was or is being saved, for its checkpoint. A failure does no harm."""
+        if not self._world.is_main:
+            return
+        if self._flight is not None and self._flight.step == step:
+            self._flight.draft.validated(loss)
+            return
+        folder = folder_of(self._checkpoints, step)
+        if folder.is_dir():
+            try:
+                note_validation(folder, loss)
+            except MvarError as error:
+                log.warning("%s: its validation loss %.4f is not noted: %s", folder.name, loss, error)
 
     def _commit(self, flight: _Flight, since: float, *, last: bool = False) -> Saved:
         """`since`: from when on training has been waiting for this."""

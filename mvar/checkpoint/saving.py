@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mvar.checkpoint.partition import WEIGHT, Partition, Piece
 from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, Identity, Progress, Record, key_of
 from mvar.checkpoint.tensors import FileRecord, write_tensors
 from mvar.errors import CheckpointError
-from mvar.files.disk import discard_folder, sync_folder
+from mvar.files.disk import discard_folder, sync_folder, write_file
 from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.settings import dump
@@ -109,9 +109,20 @@ class Draft:
         os.rename(self._temporary, self.final)
         sync_folder(self.final.parent)
 
+    def validated(self, loss: float) -> None:
+        """Before `commit`: the validation loss of this step, for its record."""
+        self._progress = replace(self._progress, validation_loss=loss)
+
     def abandon(self) -> None:
         if self._world.is_main:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def note_validation(folder: Path, loss: float) -> None:
+    """Write the validation loss of its step into the record of a checkpoint that exists. Raises MvarError."""
+    record = Record.read(folder)
+    record = record.model_copy(update={"progress": replace(record.progress, validation_loss=loss)})
+    write_file(folder / RECORD, record.text().encode())
 
 
 def save(checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity) -> Path:

@@ -61,7 +61,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        cut_after(path, resumed_step)
+        self.kinds = {record["kind"] for record in cut_after(path, resumed_step) if record["step"] == resumed_step}
+        """What was recorded of the step that the run goes on from."""
         self._file = path.open("ab", buffering=0)
         self._waiting: list[bytes] = []
 
@@ -97,15 +98,16 @@ class JsonLines:
         self._file.close()
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Drop records beyond `step`, and lines torn by a kill. Complete or unchanged."""
+def cut_after(path: Path, step: int) -> list[Record]:
+    """Drop records beyond `step`, and lines torn by a kill; gives the others. Complete or unchanged."""
     if not path.is_file():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and (record := json.loads(line))["step"] <= step:
                 kept.append(line)
+                records.append(record)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(f".{path.name}.tmp")
@@ -114,6 +116,7 @@ def cut_after(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return records
 
 
 class Console:
@@ -316,6 +319,11 @@ class Tracker:
         for sink in self._sinks:
             sink.write(record)
 
+    @property
+    def resumed(self) -> set[str]:
+        """Kinds of records that there were of the step that the run goes on from. On rank 0."""
+        return self._lines.kinds if self._lines is not None else set()
+
     def sync(self) -> None:
         if self._lines is not None:
             self._lines.sync()
@@ -336,10 +344,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds since it was made, and how many of them were spent waiting."""
+    """Seconds from when it was made until it is stopped, and how many of them were spent waiting."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
+        self._end: float | None = None
         self.waited_s = 0.0
 
     @contextmanager
@@ -348,5 +357,8 @@ class Stopwatch:
         yield
         self.waited_s += time.perf_counter() - since
 
+    def stop(self) -> None:
+        self._end = time.perf_counter()
+
     def seconds(self) -> float:
-        return time.perf_counter() - self._begin
+        return (time.perf_counter() if self._end is None else self._end) - self._begin

@@ -10,6 +10,7 @@ from mvar.log import Chosen, log, tell
 from mvar.model.kernels.precision import product_dtype
 from mvar.run.world import World, cores
 from mvar.training.job import Job
+from mvar.training.mfu import chosen_peak
 
 COMPUTE = {
     "bf16": torch.bfloat16,
@@ -24,7 +25,9 @@ FEW_CORES = 2
 
 def chosen(job: Job, world: World) -> list[Chosen]:
     """What follows from configuration and machine alone."""
-    return [products(job.config.engine.precision, world.device), micro_batch(job), threads(job, world)]
+    peak = chosen_peak(job.config.tracking.peak_tflops, world.device)
+    own = [products(job.config.engine.precision, world.device), micro_batch(job), threads(job, world)]
+    return [*own, *([peak] if peak is not None else [])]
 
 
 def products(precision: str, device: torch.device) -> Chosen:

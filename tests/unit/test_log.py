@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import socket
@@ -13,6 +14,7 @@ import pytest
 from mvar.cli import run_command
 from mvar.errors import MvarError
 from mvar.log import Chosen, log, speaking, tell, write_to
+from tests.golden import REPOSITORY
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
@@ -120,6 +122,36 @@ def test_a_program_that_uses_mvar_as_a_library_hears_it_as_any_other_logger(
     log.warning("a damaged checkpoint")
     assert [record.getMessage() for record in caplog.records] == ["a damaged checkpoint"]
     assert capsys.readouterr() == ("", "")
+
+
+RESULTS = {
+    *("mvar/cli.py", "mvar/demo.py", "mvar/evaluate.py", "mvar/export.py", "mvar/inspect_checkpoint.py"),
+    *(
+        "mvar/report.py",
+        "mvar/status.py",
+        "mvar/plan/command.py",
+        "mvar/training/dry_run.py",
+        "mvar/cluster/snapshot.py",
+    ),
+    *("data_prep/calibrate.py", "data_prep/finalize.py", "data_prep/inspect.py", "data_prep/tokenize.py"),
+    *(
+        "data_prep/verify.py",
+        "data_prep/prepare/digits.py",
+        "data_prep/prepare/emoji.py",
+        "data_prep/prepare/fashion.py",
+    ),
+    "mvar/log.py",
+}
+"""Files that print what a command was asked for."""
+
+
+def test_only_results_are_printed() -> None:
+    printing = set()
+    for path in (*(REPOSITORY / "mvar").rglob("*.py"), *(REPOSITORY / "data_prep").rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        if any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls):
+            printing.add(path.relative_to(REPOSITORY).as_posix())
+    assert printing - RESULTS == set(), "what a command says while it works goes through mvar.log"
 
 
 def test_what_was_decided_is_told_with_the_reason_and_loudly_where_it_is_slow(

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from mvar.checkpoint import saver, tensors
+from mvar.checkpoint.choosing import retain, verify
 from mvar.checkpoint.loading import Reader
-from mvar.checkpoint.record import Progress
+from mvar.checkpoint.record import RECORD, Progress, Record
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
-from mvar.errors import CheckpointError
+from mvar.errors import CheckpointError, StoreError
 from mvar.log import Chosen
 from mvar.run.names import folder_of, steps_in
 from tests.unit.checkpoint.test_checkpoint import ALONE, HandMade, identity, values
@@ -101,6 +102,47 @@ def test_without_memory_for_a_snapshot_training_waits(tmp_path: Path, monkeypatc
 def test_how_it_saves_is_told(tmp_path: Path) -> None:
     assert make(tmp_path, values(1)).chosen == Chosen("saving", "while training goes on")
     assert make(tmp_path, values(1), background="off").chosen == Chosen("saving", "training waits")
+
+
+def noted(folder: Path, step: int) -> float | None:
+    verify(folder_of(folder, step))
+    return Record.read(folder_of(folder, step)).progress.validation_loss
+
+
+def test_a_validation_after_the_save_is_noted_in_its_checkpoint(tmp_path: Path, gate: Gate) -> None:
+    saving = make(tmp_path, values(1))
+    saving.save(Progress(1))
+    saving.validated(1, 2.5)  # While it is being written.
+    gate.open.set()
+    saving.settle()
+    assert noted(tmp_path, 1) == 2.5
+    saving.save(Progress(2), last=True)
+    assert noted(tmp_path, 2) is None
+    before = Record.read(folder_of(tmp_path, 2))
+    saving.validated(2, 1.5)  # After it was written.
+    saving.validated(3, 0.5)  # Of a step that was not saved.
+    assert noted(tmp_path, 2) == 1.5 and noted(tmp_path, 1) == 2.5
+    after = Record.read(folder_of(tmp_path, 2))
+    assert after.model_copy(update={"progress": before.progress}) == before
+    assert sorted(path.name for path in folder_of(tmp_path, 2).iterdir()) == sorted([*after.files, RECORD])
+    saving.save(Progress(4), last=True)
+    retain(tmp_path, last=1, best=True)
+    assert steps_in(tmp_path) == [2, 4]
+
+
+def test_a_validation_that_cannot_be_noted_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saving = make(tmp_path, values(1))
+    saving.save(Progress(1), last=True)
+
+    def full(*_: Any) -> None:
+        raise StoreError("No space left on device")
+
+    monkeypatch.setattr("mvar.checkpoint.saving.write_file", full)
+    saving.validated(1, 2.5)
+    assert "its validation loss 2.5000 is not noted: No space left" in caplog.text
+    assert noted(tmp_path, 1) is None
 
 
 @pytest.mark.parametrize("background", ["auto", "off"])
