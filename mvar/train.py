@@ -313,8 +313,8 @@ class Training(Started):
         limit = job.config.tracking.validate_images
         batches = eval_batches(split, limit, job.split.micro_batch, self.world.rank, self.world.size)
         found = self.engine.evaluate(batches, self.require_leisure)
+        self.saver.validated(done, found.loss)  # First: a validation that was recorded is not made again.
         self.tracker.write("val", done, images=found.images, **losses_of(found))
-        self.saver.validated(done, found.loss)
         if job.config.checkpoint.keep_best:
             self.retain()
 

@@ -328,7 +328,7 @@ class Engine:
         with self._evaluating(), torch.no_grad():
             yield self.model
 
-    def progress(self, step: int, validation_loss: float | None = None) -> Progress:
+    def progress(self, step: int) -> Progress:
         """What a checkpoint after `step` steps has to say, beyond weights and moments."""
         scaler = None
         if self._scaler is not None:
@@ -340,7 +340,6 @@ class Engine:
             skipped_steps=self.skipped_steps,
             loss_scaler=scaler,
             stretches=self.plan.stretches,
-            validation_loss=validation_loss,
         )
 
     def restore(self, folder: Path) -> int:
