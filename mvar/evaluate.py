@@ -25,6 +25,7 @@ from mvar.files.disk import write_text
 from mvar.images.arrays import Bytes
 from mvar.images.sources import ImageFolder
 from mvar.images.views import RESIZE, centre_view
+from mvar.log import log
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.classifier is not None and args.classifier.exists():
         classifier = load_classifier(args.classifier, num_classes)
     else:
-        print(f"training a classifier on {len(train.labels_N)} images, {args.epochs} epochs", flush=True)
+        log.info("training a classifier on %d images, %d epochs", len(train.labels_N), args.epochs)
         classifier = fit(train.images_NHWC, train.labels_N, num_classes, epochs=args.epochs)
         if args.classifier is not None:
             save_classifier(args.classifier, classifier)
