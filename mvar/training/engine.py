@@ -38,6 +38,7 @@ from mvar.run.loop import Votes
 from mvar.run.world import Later, World, on_device
 from mvar.schedule import Plan, decays
 from mvar.training.objective import Losses, Objective
+from mvar.training.zero_norm import shorten
 
 NO_VOTES = Votes()
 
@@ -136,6 +137,7 @@ class Engine:
         devices = dict(ds_config.offloads(tree))
         client = make_optimizer(parameter_groups(model), self.config.optim, self.plan.peak_lr, devices)
         engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=tree)
+        shorten(engine.optimizer)
         return engine, client
 
     @property
@@ -168,8 +170,9 @@ class Engine:
             return
         names = [f"{mixer}.{part}" for mixer in self._mixers for part in DECAYS]
         values = self.partition.gather(names, self.world.device)
-        for mixer, module in self._mixers.items():
-            module.exact_3H = torch.stack([values[f"{mixer}.{part}"] for part in DECAYS])
+        exact_D3H = torch.cat(list(values.values())).view(len(self._mixers), len(DECAYS), -1)
+        for module, exact_3H in zip(self._mixers.values(), exact_D3H, strict=True):
+            module.exact_3H = exact_3H
 
     def step(self, step: int, batches: Sequence[Batch], votes: Votes = NO_VOTES) -> StepResult:
         """One optimizer step, number `step` (0-based), and how it went: `launch`, then `result`."""
