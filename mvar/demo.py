@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import torch
 
+from mvar import shipped
 from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.errors import MvarError
@@ -36,7 +37,7 @@ from mvar.schedule import Plan
 from mvar.settings import load
 from mvar.tokenizer.files import load_tokenizer
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = shipped.ROOT / "recipes"
 RANKS = 2
 VAL_FRACTION = 0.1
 """Share of images held out where the folder has no val/; the recipes say the same."""

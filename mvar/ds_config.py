@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.config import REPOSITORY, TrainConfig
+from mvar import shipped
+from mvar.config import TrainConfig
 from mvar.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -60,11 +61,11 @@ class BatchSplit:
 
 
 def find_template(path: Path) -> Path:
-    """`path` from the working folder, else from the repository. Raises ConfigError."""
-    for candidate in (path, REPOSITORY / path):
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(f"engine.ds_config {path}: no such file, neither here ({Path.cwd()}) nor in {REPOSITORY}.")
+    """`path` from the working folder, else a shipped one. Raises ConfigError."""
+    if found := shipped.find("ds_configs", path):
+        return found
+    names = ", ".join(shipped.names("ds_configs", "*.json"))
+    raise ConfigError(f"engine.ds_config {path}: no such file here ({Path.cwd()}), nor among the shipped: {names}.")
 
 
 def read_template(path: Path) -> Tree:

@@ -18,6 +18,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from mvar import shipped
 from mvar.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -48,8 +49,9 @@ def _parse(text: str) -> Any:
 
 
 def load(section: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
-    """Read `path` (YAML; None for an empty one), apply `a.b=value` overrides in order, and check the whole.
+    """Read `path` and apply `a.b=value` overrides in order, then check the whole.
 
+    `path` is YAML, or the name of a shipped recipe; None for an empty one.
     Values of overrides are YAML too (`x=[1,2]`, `x=null`, `x=3e-4`). Raises ConfigError.
     """
     tree = _read_yaml(path) if path is not None else {}
@@ -112,10 +114,12 @@ def _type_name(annotation: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = _parse(path.read_text(encoding="utf-8"))
+        tree = _parse((shipped.find("recipes", path) or path).read_text(encoding="utf-8"))
     except OSError as error:
+        names = ", ".join(shipped.names("recipes", "*.yaml"))
         raise ConfigError(
-            f"configuration {path}: cannot be read ({error.strerror}). Give an existing YAML file."
+            f"configuration {path}: cannot be read ({error.strerror}). Give an existing YAML file, or a shipped recipe:"
+            f" {names}."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path}: not valid YAML: {error}") from None

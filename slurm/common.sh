@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts, which set MVAR_HOME: the checkout. Gives them JOB (the job as Slurm's commands take it),
-# MVAR_PYTHON, the times that Slurm forgets to tell, and the functions below. A site's own settings come from MVAR_SITE,
-# by default slurm/site.env of the checkout.
+# Sourced by the batch scripts, which set MVAR_HOME: the folder that slurm/ lies in, usually the checkout. Gives them JOB
+# (the job as Slurm's commands take it), MVAR_PYTHON, the times that Slurm forgets to tell, and the functions below. A
+# site's own settings come from MVAR_SITE, by default slurm/site.env there.
 
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
@@ -21,7 +21,6 @@ if [ -z "${MVAR_PYTHON:-}" ]; then
   [ -x "$MVAR_PYTHON" ] || MVAR_PYTHON=$(command -v python3) || fail "no Python found: set MVAR_PYTHON in site.env."
 fi
 export MVAR_HOME MVAR_PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=$MVAR_CODE${PYTHONPATH:+:$PYTHONPATH}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$MVAR_HOME/.cache/torch_extensions}
 
 # Since 22.05, srun does not take over the batch job's --cpus-per-task by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
@@ -33,7 +32,8 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ] && times=$(timeout 30 squeue -h -j "$JOB" -o
 fi
 
 # launch [SRUN OPTIONS] -- COMMAND...: the job's tasks, in the site's container if it has one. If one fails, all end.
-# USR1 is ignored until the command listens for it, so that asking a task to stop early does not kill it.
+# They run in this folder, also where a container begins in another. USR1 is ignored until the command listens for it, so
+# that asking a task to stop early does not kill it.
 launch() {
   local options=()
   while [ "$1" != -- ]; do
@@ -42,7 +42,7 @@ launch() {
   done
   shift
   # shellcheck disable=SC2016,SC2086
-  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c 'trap "" USR1; exec "$@"' mvar "$@"
+  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c 'trap "" USR1; cd "$1" && shift && exec "$@"' mvar "$PWD" "$@"
 }
 
 # examine ARGUMENTS...: writes what the job's first node has into the log, as `mvar doctor` sees it where the tasks will

@@ -32,7 +32,7 @@ site=${MVAR_SITE:-$MVAR_HOME/slurm/site.env}
 if [ -f "$site" ]; then . "$site"; fi
 
 images='' tokenizer='' config='' out='' per_node='' dry=''
-codes=$MVAR_HOME/recipes/tokenize.yaml nodes=1 gpus=8 chain=30 tokenize_tasks=8 sample_tasks=16 per_class=50 size=64
+codes=recipes/tokenize.yaml nodes=1 gpus=8 chain=30 tokenize_tasks=8 sample_tasks=16 per_class=50 size=64
 every=() tokenize=() train=() sample=() evaluate=()
 while [ $# -gt 0 ]; do
   if [ "$1" = --dry-run ]; then

@@ -306,6 +306,9 @@ def parse_begin(words: Sequence[str]) -> tuple[Path, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     what, rest = words[:1], words[1:]
+    if what in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     slurm, limits = Slurm(), Limits.of(os.environ)
     job = Job.of(os.environ, expand(os.environ.get("SLURM_JOB_NODELIST", "")))
     if what == ["begin"]:

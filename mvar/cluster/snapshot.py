@@ -35,6 +35,7 @@ from typing import Any
 
 import yaml
 
+from mvar import shipped
 from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.ds_config import find_template
@@ -43,9 +44,9 @@ from mvar.files.disk import sha256_of, sync_folder, tree_digest
 from mvar.files.remote import is_url
 from mvar.settings import S, dump, load
 
-SOURCE = Path(__file__).resolve().parents[2]
+SOURCE = shipped.CODE
 """The checkout (or the folder of installed packages) that this very code is read from."""
-PACKAGES = ("mvar", "data_prep", "ds_configs", "recipes", "slurm")
+PACKAGES = ("mvar", "data_prep", *shipped.FOLDERS)
 NAME, CODE, CONFIG, RECORD = "snapshot", "code", "config.yaml", "snapshot.json"
 TEMPLATE = "ds_config.json"
 _DISTRIBUTIONS = ("torch", "deepspeed", "numpy", "pydantic", "safetensors")
@@ -64,8 +65,8 @@ def take(run: Path, config: TrainConfig, *, replace: bool = False) -> Path:
         _remove_leftovers(run)
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / CODE).mkdir(parents=True)
-        for path in code_files(SOURCE):
-            _write(temporary / CODE / path, (SOURCE / path).read_bytes())
+        for path, here in code_files(SOURCE, shipped.ROOT):
+            _write(temporary / CODE / path, here.read_bytes())
         _write(temporary / TEMPLATE, find_template(config.engine.ds_config).read_bytes())
         _write(temporary / CONFIG, dump(_pinned(config, run)).encode())
         aside = _next_number(run)
@@ -113,18 +114,21 @@ def verify(run: Path) -> dict[str, Any]:
     return record
 
 
-def code_files(source: Path) -> Iterator[Path]:
-    """Files of the code under `source`, relative to it, in the order of their names. Compiled ones are left out."""
+def code_files(code: Path, beside: Path) -> Iterator[tuple[Path, Path]]:
+    """Files of the packages under `code` and of the shipped folders under `beside`, compiled ones left out: the name
+    below the snapshot's code, and the file. Each package in the order of names."""
     for package in PACKAGES:
-        for path in sorted((source / package).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
-                yield path.relative_to(source)
+        root = beside if package in shipped.FOLDERS else code
+        for path in sorted((root / package).rglob("*")):
+            name = path.relative_to(root)
+            if path.is_file() and not {"__pycache__", shipped.IN_WHEEL} & set(name.parts) and path.suffix != ".pyc":
+                yield name, path
 
 
 def drift(run: Path, record: Mapping[str, Any], config: TrainConfig | None) -> list[str]:
     """How what lies here now differs from the snapshot: files of this code, keys of `config` if one is given."""
     then = {name: sha for name, sha in record["files"].items() if name.startswith(f"{CODE}/")}
-    now = {f"{CODE}/{path.as_posix()}": sha256_of(SOURCE / path) for path in code_files(SOURCE)}
+    now = {f"{CODE}/{path.as_posix()}": sha256_of(here) for path, here in code_files(SOURCE, shipped.ROOT)}
     changed = sorted(name for name in then | now if then.get(name) != now.get(name))
     found = [f"{len(changed)} files of the code, such as {changed[0].removeprefix(CODE + '/')}"] if changed else []
     if config is not None:
@@ -182,9 +186,14 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _git() -> dict[str, Any]:
-    """Commit of the checkout, and whether its code differs from it; None where git cannot tell."""
+    """Commit of the checkout, and whether its code differs from it; None where git cannot tell.
+
+    Of an installed wheel too: a repository around it is somebody else's.
+    """
 
     def ask(*words: str) -> str | None:
+        if shipped.INSTALLED:
+            return None
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=20)
             return done.stdout.strip() if done.returncode == 0 else None
@@ -197,7 +206,7 @@ def _git() -> dict[str, Any]:
 
 def _snapshot_files(folder: Path) -> Iterator[Path]:
     """Files that count, relative to the snapshot. Running leaves others beside them: compiled code, extensions."""
-    for path in code_files(folder / CODE):
+    for path, _ in code_files(folder / CODE, folder / CODE):
         yield CODE / path
     for name in (CONFIG, TEMPLATE):
         if (folder / name).is_file():

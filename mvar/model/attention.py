@@ -117,10 +117,10 @@ def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, 
                 " model.attention_backend=auto."
             )
         if backend == "triton":
-            if torch.cuda.get_device_capability(device)[0] > 9:
+            if torch.cuda.get_device_capability(device)[0] != 9:
                 raise BackendError(
-                    "model.attention_backend=triton: Triton's compiler does not take these kernels for compute"
-                    " capability 10. Use model.attention_backend=auto."
+                    "model.attention_backend=triton: our kernels are made for compute capability 9 (Hopper), and"
+                    f" {device} has another. Use model.attention_backend=auto."
                 )
         else:
             _packed(backend)

@@ -30,7 +30,8 @@ from mvar.plan.sizes import Sizes
 
 Precision = Literal["bf16", "bf16_autocast", "fp16", "fp32"]
 Kernels = Literal["cpu", "gpu", "gpu_torch"]
-"""`gpu`: flash-attn and mamba-ssm. `gpu_torch`: torch's fused attention and our scan. `cpu`: attention runs in fp32."""
+"""`gpu`: attention over packed sequences, mamba-ssm, fused chains. `gpu_torch`: torch's fused attention, our scan, no
+fused chains. `cpu`: as `gpu_torch`, and attention runs in fp32."""
 
 FP32, FP64 = 4, 8
 ALIGNED_TO = 2
@@ -240,9 +241,11 @@ def block_per_token(sizes: Sizes, setup: Setup) -> dict[str, float]:
     l2 = sizes.model.attn_l2_norm
     # Scales of one token skip the attention kernel.
     alone = sum(length for length in sizes.lengths if length == 1) / sizes.tokens
+    fused = setup.kernels == "gpu"
     kept: dict[str, float] = {
-        "norms": 3 * (W * C + W * C + h * C + 2 * W),  # input, normalised, output; mean and deviation
-        "residuals": 3 * W * C,  # the branches' outputs, multiplied by their gates
+        # Input, output; mean and deviation. In one kernel the normalised input is found again from these.
+        "norms": 3 * (W * C + h * C + 2 * W) + (0 if fused else 3 * W * C),
+        "residuals": 3 * C * (h if fused else W),  # the branches' outputs, which the gates multiply
         "attention: output": h * C,
         "feed-forward": 2 * 4 * h * C,  # before and after GELU
         "mamba: projection": h * projected,
@@ -258,8 +261,6 @@ def block_per_token(sizes: Sizes, setup: Setup) -> dict[str, float]:
         kept["attention: output of each scale"] = attend * C * (1 - alone)
     if setup.kernels == "gpu":
         kept["mamba: scan"] = 2 * h * inner + W  # before and after the gated norm
-        if projected % 8:
-            kept["mamba: scan"] += 2 * h * conv  # not fused: the convolution's input is copied, its output kept
     else:
         chunk = chunk_length(sizes.tokens)
         states = STATE * inner / chunk if chunk < sizes.tokens else 0

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from mvar.config import REPOSITORY
 from mvar.errors import BackendError, ConfigError, MvarError
+from mvar.run import extensions
 from mvar.run.launcher import Place, detect, require_address, require_one_task_per_gpu
 
 T = TypeVar("T")
@@ -95,15 +95,14 @@ class RemoteError(Exception):
 def start(environ: MutableMapping[str, str] = os.environ, threads: int | None = None) -> World:
     """Join the other processes through DeepSpeed (NCCL with GPUs, gloo without), choose the device, set CPU threads.
 
-    Raises ConfigError where the launch is wrong. The DeepSpeed extensions that get compiled are kept in
-    TORCH_EXTENSIONS_DIR, by default `.cache/torch_extensions` of the repository.
+    Raises ConfigError where the launch is wrong. Where compiled DeepSpeed extensions are kept: `mvar.run.extensions`.
     """
     place = detect(environ)
     require_one_task_per_gpu(place, environ)
     if place.address is not None:
         require_address(place)
     choose_accelerator(environ)
-    environ.setdefault("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache/torch_extensions"))
+    extensions.prepare(environ)  # Before the ranks meet: none of them compiles yet.
     index = _device_index(place, environ) if torch.cuda.is_available() else None
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     # DeepSpeed reads these; LOCAL_RANK is what it takes for the number of the GPU.

@@ -37,6 +37,18 @@ def test_a_bare_off_is_the_word(tmp_path: Path) -> None:
     assert load(TrainConfig, file, ["tracking.tensorboard=false"]).tracking.tensorboard is False
 
 
+def test_a_shipped_recipe_is_found_by_name_unless_one_lies_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("d16.yaml", "recipes/d16.yaml"):
+        assert load(TrainConfig, Path(name), NEEDED).model.depth == 16
+    Path("d16.yaml").write_text("model: {depth: 2}\n")
+    assert load(TrainConfig, Path("d16.yaml"), NEEDED).model.depth == 2
+    with pytest.raises(ConfigError, match=r"d99\.yaml: cannot be read.*shipped recipe: d12\.yaml, "):
+        load(TrainConfig, Path("d99.yaml"), NEEDED)
+
+
 def test_dump_reads_back_equal() -> None:
     config = load(TrainConfig, None, [*NEEDED, "engine.activation_checkpointing=2", "model.drop_path=0.3"])
     assert check(TrainConfig, yaml.safe_load(dump(config)), "dump") == config

@@ -29,6 +29,9 @@ from mvar.model.kernels.launch import block, on
 TILE = 64
 """Tokens of a tile, on both sides of a product."""
 WARPS, STAGES = 4, 2
+CAPABILITY = 9
+"""Hopper's. On compute capability 8 operands lie in registers, which are too few; for 10 Triton 3.7.1 cannot compile the
+gradient of q."""
 LOG2E = math.log2(math.e)
 LEAST = 16
 """Triton's products want at least so many elements a side."""
@@ -69,7 +72,7 @@ class _ScaleAttention(torch.autograd.Function):
         with on(qkv_BL3HD):
             forward_kernel[(triton.cdiv(length, TILE), batch * heads)](
                 qkv_BL3HD, scale_H, bounds_2L, out_BLHD, log_sums_BHL, length, softmax_scale * LOG2E, floor,
-                **_constants(heads, width, scale_H),
+                **_constants(qkv_BL3HD, scale_H),
             )  # fmt: skip
         ctx.save_for_backward(qkv_BL3HD, scale_H, bounds_2L, out_BLHD, log_sums_BHL)
         ctx.softmax_scale, ctx.floor = softmax_scale, floor
@@ -79,12 +82,12 @@ class _ScaleAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_BLHD: Tensor) -> tuple[Tensor | None, ...]:
         qkv_BL3HD, scale_H, bounds_2L, out_BLHD, log_sums_BHL = ctx.saved_tensors
-        batch, length, _, heads, width = qkv_BL3HD.shape
+        batch, length, _, heads, _ = qkv_BL3HD.shape
         dout_BLHD = dout_BLHD.contiguous()
         dqkv_BL3HD, inner_BHL = torch.empty_like(qkv_BL3HD), torch.empty_like(log_sums_BHL)
         tiles = triton.cdiv(length, TILE)
         dscale_BHR = log_sums_BHL.new_empty(batch, heads, tiles)
-        constants = _constants(heads, width, scale_H)
+        constants = _constants(qkv_BL3HD, scale_H)
         with on(qkv_BL3HD):
             query_gradient_kernel[(tiles, batch * heads)](
                 qkv_BL3HD, scale_H, bounds_2L, out_BLHD, dout_BLHD, log_sums_BHL, inner_BHL, dqkv_BL3HD, dscale_BHR,
@@ -98,7 +101,8 @@ class _ScaleAttention(torch.autograd.Function):
         return dqkv_BL3HD, dscale_H, None, None, None
 
 
-def _constants(heads: int, width: int, scale_H: Tensor | None) -> dict[str, Any]:
+def _constants(qkv_BL3HD: Tensor, scale_H: Tensor | None) -> dict[str, Any]:
+    heads, width = qkv_BL3HD.shape[3:]
     return {
         "HEADS": heads,
         "WIDTH": width,

@@ -70,6 +70,7 @@ def test_a_template_may_decide_how_gradients_are_added_up(tmp_path: Path) -> Non
 def test_templates_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_template(Path("ds_configs/zero2.json")).is_file()
+    assert find_template(Path("zero2.json")).samefile(find_template(Path("ds_configs/zero2.json")))
     (tmp_path / "mine.json").write_text("{}")
     assert find_template(Path("mine.json")) == Path("mine.json")
     with pytest.raises(ConfigError, match=r"nowhere\.json"):

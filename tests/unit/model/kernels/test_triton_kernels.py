@@ -24,6 +24,8 @@ def interpreted(*arguments: str) -> Found:
         pytest.skip("the package triton is not installed (make setup-dev)")
     command = [sys.executable, "-m", "tests.fused_interpreter", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this Triton's interpreter does not work with this numpy (3.6 with 2.5)")
     assert done.returncode == 0, done.stderr
     found: Found = json.loads(done.stdout.splitlines()[-1])
     return found

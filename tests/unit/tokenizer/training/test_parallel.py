@@ -56,7 +56,9 @@ def test_two_ranks_learn_what_one_learns(tmp_path):
     assert sum(step["revived"] for step in one["measured"]) > 5
     for ours, theirs in zip(one["measured"], first["measured"], strict=True):
         assert ours.keys() == theirs.keys()
-        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+        # Sums in another order: the gradient's norm was seen to differ by 0.9e-5 (torch 2.13) and 1.0025e-5 (2.14.1). A
+        # learning rate that is off by a thousandth moves it by 8e-3.
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
     assert "adversarial_weight" in first["measured"][-1]
     assert first["rebuilt"] == pytest.approx(one["rebuilt"], abs=1e-5)
     for name, value in one["quality"].items():
