@@ -139,13 +139,6 @@ def _unfit(name: str, dtype: torch.dtype, device: torch.device, head_width: int)
     return ""
 
 
-def _unfit_for_ours(device: torch.device) -> str:
-    """Why our kernels are not for this GPU; empty if they are."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"our kernels are made for compute capability 9 (Hopper), and {device} has another"
-    return ""
-
-
 def _attend_sdpa(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     # split, not slices: its backward is one concatenation instead of one zero-filled gradient for each scale.
     outs = []
@@ -217,8 +210,8 @@ _KERNELS: dict[str, Callable[[], Callable[..., Tensor]]] = {
     "varlen": _torch_varlen,
     "flash": _flash_attn,
 }
-"""In the order in which `auto` tries them. With q/k norm, forward and backward for 64 images of 680 tokens and 16 heads in
-bf16 on an H200: 1.4 ms, 2.3 ms, not measured; one call a scale 2.5 ms."""
+"""In the order in which `auto` tries them. With q/k norm, forward and backward for 64 images of 680 tokens and 16 heads
+in bf16 on an H200: 1.4 ms, 2.3 ms, not measured; one call a scale 2.5 ms."""
 _ADVICE = {
     "triton": "Install triton",
     "varlen": "It needs torch 2.11 or newer",
