@@ -16,7 +16,7 @@ from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerIn
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
 from mvar.images.layouts import Kind, open_images
-from mvar.images.pixels import Background
+from mvar.images.pixels import Background, Orientation, Rules
 from mvar.images.sources import Source
 from mvar.images.views import RESIZE, HFlip, ViewPlan
 from mvar.settings import Fraction, Section
@@ -25,6 +25,7 @@ from mvar.tokenizer.vqvae import VQVAE
 
 FORMAT_VERSION = 1
 Precision = Literal["fp32", "tf32", "bf16"]
+GreyBits = Annotated[int, Field(ge=8, le=31)]
 LAST_RUN = "last-run.json"
 
 
@@ -73,6 +74,10 @@ class TokenizeConfig(Section):
     views: ViewsConfig = Field(default_factory=lambda: ViewsConfig())
     val_fraction: Fraction = Field(0.0, description="share of images held out, where the source has no val/")
     background: Background = Field("white", description="what shows through transparent pixels")
+    orientation: Orientation = Field("stored", description="exif: turn pictures as their EXIF data say")
+    grey_bits: GreyBits | None = Field(
+        None, description="bits of greyscale values deeper than 8, where the files do not tell; the upper 8 are kept"
+    )
     seed: NonNegativeInt = Field(0, description="seed of the crops and of the order of images in the store")
     shuffle: bool = Field(True, description="mix the classes within and over the shards, for sequential readers")
     shard_samples: PositiveInt = Field(4096, description="images in a shard, at most")
@@ -92,6 +97,11 @@ class TokenizeConfig(Section):
     def is_exact(self) -> bool:
         """Whether the codes are those of plain fp32."""
         return self.precision == "fp32" and not self.compile
+
+    @property
+    def rules(self) -> Rules:
+        """How files become RGB pictures."""
+        return Rules(self.background, self.orientation, self.grey_bits)
 
     def train_plan(self, size: int) -> ViewPlan:
         """The views of a training image. Raises ConfigError."""
@@ -178,7 +188,7 @@ def open_source(config: TokenizeConfig) -> Source:
         config.source,
         config.source_kind,
         val_fraction=config.val_fraction,
-        background=config.background,
+        rules=config.rules,
         val_labels=config.val_labels,
         class_names=config.class_names,
         cache=config.source_cache,
@@ -196,7 +206,7 @@ def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: by
         quantizer=FileInfo(name=QUANTIZER, bytes=len(quantizer), sha256=hashlib.sha256(quantizer).hexdigest()),
         source=SourceInfo(**source.fingerprint._asdict()),
         classes=source.classes,
-        transform=train.describe() | {"background": config.background},
+        transform=train.describe() | config.rules.describe(),
         encoding={
             "precision": config.precision,
             "compile": config.compile,

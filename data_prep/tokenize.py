@@ -32,8 +32,8 @@ from mvar.data.manifest import Quarantined
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import remove_stale
 from mvar.images.pixels import DamagedImageError
-from mvar.images.sources import Item, Source
-from mvar.images.views import ViewPlan
+from mvar.images.sources import Item, Source, say_notes
+from mvar.images.views import ViewPlan, is_suspicious
 from mvar.randomness import permuted
 from mvar.run.claims import Claims
 from mvar.run.world import cores
@@ -67,6 +67,7 @@ def tokenize(
         raise ConfigError(f"--skip-bad {skip_bad}: expected a number of images, from 0.")
     encoder = Encoder.load(config)
     source = open_source(config)
+    say_notes(source)
     quantizer = quantizer_bytes(encoder.vqvae)
     job = plan_job(config, source, encoder.vqvae, quantizer)
     calibration = None if config.is_exact else accepted_calibration(config, source, encoder, job)
@@ -193,6 +194,8 @@ class ShardMaker:
                 self._leave_out(writer, shard, image.order.item, image.views)
             else:
                 assert codes_VL is not None, "every image that is not damaged was encoded"
+                if is_suspicious(image.views):
+                    writer.suspicious.append(image.order.item.key)
                 writer.add(image.order.item.key, codes_VL, image.order.item.label)
             self.progress.add(1)
 
