@@ -16,7 +16,7 @@ from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerIn
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
 from mvar.images.layouts import Kind, open_images
-from mvar.images.pixels import Background, Orientation, Rules
+from mvar.images.pixels import Background, GreyBits, Orientation, Rules
 from mvar.images.sources import Source
 from mvar.images.views import RESIZE, HFlip, ViewPlan
 from mvar.settings import Fraction, Section
@@ -25,7 +25,6 @@ from mvar.tokenizer.vqvae import VQVAE
 
 FORMAT_VERSION = 1
 Precision = Literal["fp32", "tf32", "bf16"]
-GreyBits = Annotated[int, Field(ge=8, le=31)]
 LAST_RUN = "last-run.json"
 
 

@@ -6,7 +6,7 @@
 
 In the `out` folder: tokenizer.safetensors (when finished), state.safetensors (to resume from) and the one before it,
 metrics.jsonl, config.yaml, samples/ and reconstructions.png (held-out originals above what the tokenizer makes of
-them).
+them); left-out.json, if pictures are damaged and skip_bad allows for them.
 Exit codes: 0 finished, 2 wrong use, 75 stopped on purpose with the state saved, others are faults.
 """
 
@@ -28,10 +28,10 @@ import torch
 from mvar.cli import run_command
 from mvar.config import TrackingConfig
 from mvar.data.prefetch import Feed
-from mvar.errors import CheckpointError, MvarError
+from mvar.errors import CheckpointError, ImageError, MvarError
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
-from mvar.images.sources import Source
+from mvar.images.sources import Source, say_notes
 from mvar.run import world as worlds
 from mvar.run.folder import RunFolder
 from mvar.run.launcher import rank_hint
@@ -42,14 +42,17 @@ from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of, write_atomically
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
 from mvar.tokenizer.training.console import Console
+from mvar.tokenizer.training.left_out import LeftOut, read_left_out, write_left_out
 from mvar.tokenizer.training.losses import LossTerm, absolute_error, codebook_error, commitment_error, squared_error
 from mvar.tokenizer.training.parallel import hand_round, part_of, require_equal, require_work_for_all
 from mvar.tokenizer.training.perceptual import Perceptual
 from mvar.tokenizer.training.pictures import Pictures, Pixels, centre_views
-from mvar.tokenizer.training.state import State, StateFile
+from mvar.tokenizer.training.state import IMAGES, State, StateFile
 from mvar.tokenizer.training.trainer import Trainer
 
 GRID_COLUMNS = 8
+LEFT_OUT = "left-out.json"
+"""Damaged pictures of a training by path, with the reasons."""
 
 
 def loss_terms(config: LossConfig, device: torch.device | str = "cpu") -> list[LossTerm]:
@@ -72,7 +75,7 @@ def identity_of(config: TokenizerTrainConfig, source: Source) -> dict[str, Any]:
     loss = config.loss
     files = {"loss.perceptual_backbone": loss.perceptual_backbone, "loss.perceptual_heads": loss.perceptual_heads}
     digests = {key: sha256_of(path) for key, path in files.items() if path is not None and loss.perceptual}
-    return config.identity() | {"images": source.fingerprint.sha256} | digests
+    return config.identity() | {IMAGES: source.fingerprint.sha256} | digests
 
 
 def train(config: TokenizerTrainConfig, world: World) -> int:
@@ -104,14 +107,16 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         threads = config.threads or max(1, cores() // world.place.local_size)
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
-        held_out = world.together(lambda: HeldOut.of(config, source, world, threads))
+        known = world.share(world.together(lambda: _known_damage(config, source) if world.is_main else None))
+        left_out = LeftOut(config.skip_bad, known)
+        held_out = world.together(lambda: HeldOut.of(config, source, world, threads, left_out))
         watchdog.feed()
         trainer = Trainer(config, terms, world, threads)
         if done:
             trainer.restore(hand_round(world, None if found is None else found.tensors), done)
         del found
         size, part = config.geometry.image_size, part_of(config.batch, world)
-        more: dict[str, Any] = {"part": part, "ram_gib": config.ram_gib, "workers": threads}
+        more: dict[str, Any] = {"part": part, "ram_gib": config.ram_gib, "workers": threads, "left_out": left_out}
         pictures = Pictures(source, size, config.resize, config.batch, config.seed, **more)
         if world.is_main:
             write_atomically(run.config, dump(config).encode())
@@ -119,8 +124,8 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
             _announce(config, source, held_out, trainer, pictures.steps_per_epoch)
         tracker = stack.enter_context(_tracker(config, world, done))
         feed = Feed(stack.enter_context(closing(pictures.batches(done, config.steps))), 1)
-        lasting = (config, world, run, states, identity, trainer, held_out, tracker, feed, stops, watchdog, ours)
-        return Training(*lasting).loop()
+        lasting = (config, world, run, states, identity, trainer, held_out, left_out)
+        return Training(*lasting, tracker, feed, stops, watchdog, ours).loop()
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class HeldOut:
     """The source holds nothing out, so these are training pictures."""
 
     @staticmethod
-    def of(config: TokenizerTrainConfig, source: Source, world: World, workers: int) -> HeldOut:
+    def of(config: TokenizerTrainConfig, source: Source, world: World, workers: int, left_out: LeftOut) -> HeldOut:
         """Read them. Raises ImageError."""
         items = source.splits["val"] or source.splits["train"]
         chosen = _spread(len(items), config.validate_images)
@@ -149,7 +154,7 @@ class HeldOut:
             size = config.geometry.image_size
             if not len(indices):
                 return np.zeros((0, size, size, 3), np.uint8)
-            return centre_views(source, [items[i] for i in indices], size, config.resize, workers)
+            return centre_views(source, items, indices, size, config.resize, left_out, workers)
 
         pictures = read(drawn if world.is_main else [])
         return HeldOut(read(chosen[mine.start : mine.stop]), pictures, len(chosen), not source.splits["val"])
@@ -166,6 +171,7 @@ class Training:
     identity: dict[str, Any]
     trainer: Trainer
     held_out: HeldOut
+    left_out: LeftOut
     tracker: Tracker
     feed: Feed[Pixels]
     stops: StopRequests
@@ -186,15 +192,17 @@ class Training:
             ending = step == config.steps
             if due(step, config.log_every) or ending:
                 self.tracker.write("train", step, **measured, **self.speed(watch))
-            stop, lost, unreadable = self.voted()
+            stop, lost, unreadable, damaged = self.voted()
             if lost:
                 self.world.raise_together(None if self.ours() else self.run.loss(self.config.takeover_s))
+            excess = self.note_damaged() if damaged else None
+            unreadable = unreadable or excess is not None
             if due(step, config.validate_every) or ending:
                 self.judge(step)
             if due(step, config.save_every) or ending or stop or (unreadable and not ending):
                 self.save()
             if unreadable and not ending:
-                self.world.raise_together(self.feed.error)
+                self.world.raise_together(self.feed.error or (excess if self.world.is_main else None))
             if stop and not ending:
                 return self.stop()
         self.world.together(lambda: self.finish() if self.world.is_main else None)
@@ -205,9 +213,29 @@ class Training:
         return {"imgs_per_s": self.config.batch / seconds, "wait_share": watch.waited_s / seconds}
 
     def voted(self) -> list[int]:
-        """How many ranks were asked to stop, lost the folder, cannot read the next step's pictures."""
-        own = [self.stops.reason is not None, not self.ours(), self.feed.error is not None]
+        """How many ranks were asked to stop, lost the folder, cannot read the next step's pictures; and how many
+        damaged pictures they left out that others do not know of."""
+        own = [self.stops.reason is not None, not self.ours(), self.feed.error is not None, self.left_out.unshared]
         return [int(votes) for votes in self.world.sum(torch.tensor(own, dtype=torch.float64))]
+
+    def note_damaged(self) -> ImageError | None:
+        """Tell all ranks, and the user, of the damaged pictures that were met; the error if they are too many."""
+        new = self.left_out.agree(self.world)
+        excess = self.left_out.excess()
+        if excess is None:
+            self.world.together(lambda: self.list_damaged(new) if self.world.is_main else None)
+        return excess
+
+    def list_damaged(self, new: dict[str, str]) -> None:
+        for path, reason in new.items():
+            print(f"left out {path}: {reason}", flush=True)
+        try:
+            write_left_out(self.run.path / LEFT_OUT, self.left_out.reasons)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.run.path / LEFT_OUT}: cannot be written ({error.strerror}). Free some space; the same command "
+                "goes on from the last state."
+            ) from None
 
     def judge(self, step: int) -> None:
         """Quality on held-out pictures, and some of them to look at."""
@@ -275,7 +303,16 @@ def reconstructions(originals_NHWC: Pixels, rebuilt_NHWC: Pixels) -> Pixels:
 
 
 def _open(config: TokenizerTrainConfig) -> Source:
-    return open_images(config.images, val_fraction=config.val_fraction, cache=config.images_cache)
+    source = open_images(config.images, val_fraction=config.val_fraction, rules=config.rules, cache=config.images_cache)
+    say_notes(source)
+    return source
+
+
+def _known_damage(config: TokenizerTrainConfig, source: Source) -> dict[str, str]:
+    known = read_left_out(config.out / LEFT_OUT, source)
+    if excess := LeftOut(config.skip_bad, known).excess():
+        raise excess
+    return known
 
 
 def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, Any]) -> State | None:
@@ -283,7 +320,7 @@ def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, 
     states.remove_leftovers()
     if states.exists():
         state = states.read()
-        state.require_same(states.path, identity)
+        state.require_same(states.path, identity, free=(IMAGES,) if config.other_images else ())
         return state
     result = config.out / "tokenizer.safetensors"
     if result.exists():

@@ -7,11 +7,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
 from mvar.errors import ImageError
 
@@ -19,6 +20,8 @@ Background = Literal["white", "black", "drop"]
 """What shows through transparent pixels: white, black, or whatever colour is stored under them."""
 Orientation = Literal["stored", "exif"]
 """How a picture lies: as its pixels are stored (the published pipeline), or turned as its EXIF data say."""
+GreyBits = Annotated[int, Field(ge=8, le=31)]
+"""Bits of greyscale values that are deeper than 8."""
 LARGEST_PIXELS = 1 << 28
 """Pixels of a picture, at most: in memory they take four times as many bytes."""
 LARGEST_BYTES = 1 << 30
