@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from data_prep.kept import KeptListing
 from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
 from mvar.images.layouts import Kind, open_images
 from mvar.images.pixels import Background, GreyBits, Orientation, Rules
-from mvar.images.sources import Source
+from mvar.images.sources import Contents, Source
 from mvar.images.views import RESIZE, HFlip, ViewPlan
 from mvar.settings import Fraction, Section
 from mvar.tokenizer.files import save_quantizer
@@ -181,8 +182,18 @@ class Job(pydantic.BaseModel):
             ) from None
 
 
-def open_source(config: TokenizeConfig) -> Source:
-    """The images to tokenize. Raises MvarError."""
+def open_source(config: TokenizeConfig, *, keep: bool = False) -> Source:
+    """The images to tokenize, by the listing in the store if it stands; `keep`: else list and keep them there.
+
+    Raises MvarError.
+    """
+
+    def kept(asked: dict[str, Any], look: Callable[[], Contents]) -> Contents:
+        listing = KeptListing(config.store, asked)
+        if keep:
+            return listing.once(look, keep=lambda contents: _may_be_listed(config.store, contents))
+        return listing.read() or look()
+
     return open_images(
         config.source,
         config.source_kind,
@@ -191,7 +202,13 @@ def open_source(config: TokenizeConfig) -> Source:
         val_labels=config.val_labels,
         class_names=config.class_names,
         cache=config.source_cache,
+        kept=kept,
     )
+
+
+def _may_be_listed(store: Path, contents: Contents) -> bool:
+    """Whether the store is of these images, or of none yet: a command that will be refused changes nothing."""
+    return not (store / JOB).exists() or Job.read(store).source.sha256 == contents.fingerprint().sha256
 
 
 def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> Job:

@@ -66,7 +66,7 @@ def tokenize(
     if skip_bad < 0:
         raise ConfigError(f"--skip-bad {skip_bad}: expected a number of images, from 0.")
     encoder = Encoder.load(config)
-    source = open_source(config)
+    source = open_source(config, keep=True)
     say_notes(source)
     quantizer = quantizer_bytes(encoder.vqvae)
     job = plan_job(config, source, encoder.vqvae, quantizer)

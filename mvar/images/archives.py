@@ -17,8 +17,8 @@ from PIL import Image
 from mvar.errors import ImageError
 from mvar.files.remote import fetch, is_url
 from mvar.images.listfile import numbered_classes, untrained
-from mvar.images.pixels import AS_PUBLISHED, LARGEST_BYTES, Rules, decode, too_large
-from mvar.images.sources import SPLITS, Contents, Entry, Item, Listing, tar_key
+from mvar.images.pixels import LARGEST_BYTES, Rules, decode, too_large
+from mvar.images.sources import SPLITS, Contents, Entry, Item, tar_key
 from mvar.images.splits import role_in
 from mvar.images.walk import IMAGE_SUFFIXES, Evidence, LeftOut, evidence_of, is_litter
 
@@ -50,29 +50,14 @@ class _Member(NamedTuple):
     bytes: int
 
 
-class Archives(Listing):
+def look_into(pattern: str, cache: Path | None = None, class_names: tuple[str, ...] | None = None) -> Contents:
     """Samples `<key>.<image suffix>` and `<key>.cls` (ASCII class index) of the tars of a folder or a brace pattern.
 
     Tars with `val`, `valid` or `validation` as a word of their name are the split `val`; those with `test` or `testing`
-    are left out, unless there are no others. Pictures are read where they
-    lie, in any order, so tars behind a URL are first copied into `cache`, each once. Classes are numbers unless
-    `class_names` names them. Raises ImageError, StoreError (a URL cannot be fetched).
+    are left out, unless there are no others. Pictures are read where they lie, in any order, so tars behind a URL are
+    first copied into `cache`, each once. Classes are numbers unless `class_names` names them. Raises ImageError,
+    StoreError (a URL cannot be fetched).
     """
-
-    def __init__(
-        self,
-        pattern: str,
-        *,
-        cache: Path | None = None,
-        val_fraction: float = 0.0,
-        rules: Rules = AS_PUBLISHED,
-        class_names: tuple[str, ...] | None = None,
-    ) -> None:
-        super().__init__(look_into(pattern, cache, class_names), MemberReader(**vars(rules)), val_fraction)
-
-
-def look_into(pattern: str, cache: Path | None = None, class_names: tuple[str, ...] | None = None) -> Contents:
-    """The samples of tars; see Archives."""
     where, left_out = f"tars {pattern}", LeftOut()
     entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     evidence: Evidence = {}
@@ -173,7 +158,7 @@ def _list_tar(stem: str, path: Path, left_out: LeftOut) -> Iterator[Entry]:
         if key not in labels:
             raise ImageError(f"tar {path}: sample {key} has no {LABEL_SUFFIX}. Add one, or remove the sample.")
         location = f"{path}@{member.offset}+{member.bytes}"
-        yield Entry(Item(tar_key(f"{stem}/{key}"), location, labels[key]), member.bytes)
+        yield Entry(Item(tar_key(f"{stem}/{key}"), location, labels[key], member.bytes), member.bytes)
 
 
 def _label(path: Path, name: str, data: bytes) -> int:

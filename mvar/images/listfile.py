@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mvar.errors import ImageError
-from mvar.images.pixels import AS_PUBLISHED, FileReader, Rules
-from mvar.images.sources import SPLITS, Contents, Entry, Item, Listing, file_keys, text_lines
+from mvar.images.sources import SPLITS, Contents, Entry, Item, file_keys, text_lines
 from mvar.images.splits import role_of
 from mvar.images.walk import evidence_of, printable
 
@@ -23,27 +22,13 @@ class _Row(NamedTuple):
     split: str
 
 
-class ListFile(Listing):
+def look_into(path: Path, class_names: tuple[str, ...] | None = None) -> Contents:
     """The images that a CSV file lists. Relative paths begin at its folder; a first line `path,label` is a header.
 
     Labels that are all numbers are the class indices, from 0; `class_names` may then name them. Other labels are names,
     and classes are numbered in their sorted order. `split` is train (default) or val, as `role_of` reads them. Raises
     ImageError.
     """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        val_fraction: float = 0.0,
-        rules: Rules = AS_PUBLISHED,
-        class_names: tuple[str, ...] | None = None,
-    ) -> None:
-        super().__init__(look_into(Path(path), class_names), FileReader(**vars(rules)), val_fraction)
-
-
-def look_into(path: Path, class_names: tuple[str, ...] | None = None) -> Contents:
-    """The images that a list names; see ListFile."""
     where, evidence = f"list {path}", {}
     rows = _rows(path)
     evidence[str(path)] = evidence_of(path)

@@ -100,6 +100,21 @@ class Contents(NamedTuple):
     notes: tuple[str, ...]
     evidence: Evidence
 
+    def fingerprint(self) -> Fingerprint:
+        """Of names, labels and sizes of all images, in their order."""
+        digest, images, total_bytes = hashlib.sha256(), 0, 0
+        for split, own in self.entries.items():
+            images, total_bytes = images + len(own), total_bytes + sum(entry.bytes for entry in own)
+            digest.update(f"{split}\n".encode())
+            digest.update("".join(f"{item.key}\t{item.label}\t{size}\n" for item, size in in_order(own)).encode())
+        digest.update("\n".join(self.classes).encode())
+        return Fingerprint(self.kind, images, total_bytes, digest.hexdigest())
+
+
+def in_order(entries: list[Entry]) -> list[Entry]:
+    """Sorted by (label, key)."""
+    return sorted(entries, key=lambda entry: (entry.item.label, entry.item.key))
+
 
 class Listing:
     """A source from a list of images: sorts it by (label, key), fingerprints it, and splits it.
@@ -113,25 +128,21 @@ class Listing:
         self.classes = contents.classes
         self.notes = contents.notes
         self.reader = reader
-        kind, where, entries = contents.kind, contents.where, contents.entries
-        digest = hashlib.sha256()
+        self.fingerprint = contents.fingerprint()
+        entries = contents.entries
         splits: dict[str, tuple[Item, ...]] = {"val": ()}
         for split, own in entries.items():
-            own = sorted(own, key=lambda entry: (entry.item.label, entry.item.key))
+            own = in_order(own)
             splits[split] = tuple(entry.item for entry in own)
-            _refuse_twins(where, splits[split])
-            digest.update(f"{split}\n".encode())
-            digest.update("".join(f"{item.key}\t{item.label}\t{size}\n" for item, size in own).encode())
-        digest.update("\n".join(self.classes).encode())
-        total = [entry.bytes for own in entries.values() for entry in own]
+            _refuse_twins(contents.where, splits[split])
         if not entries.get("val") and val_fraction > 0:
             splits = _split_by_key(splits["train"], val_fraction)
         if not splits["train"]:
             raise ImageError(
-                f"{where}: val_fraction {val_fraction} leaves none of {len(total)} images to train on. Lower it."
+                f"{contents.where}: val_fraction {val_fraction} leaves none of {self.fingerprint.images} images to "
+                "train on. Lower it."
             )
         self.splits = {split: splits[split] for split in SPLITS}
-        self.fingerprint = Fingerprint(kind, len(total), sum(total), digest.hexdigest())
 
     @property
     def items(self) -> tuple[Item, ...]:
