@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -184,7 +185,7 @@ def holds_picture(path: str) -> bool:
 def evidence_of(path: str | Path) -> tuple[int, int]:
     """What `Evidence` keeps of a file or folder. Raises OSError."""
     found = os.stat(path)
-    return (0 if os.path.isdir(path) else found.st_size), found.st_mtime_ns
+    return (0 if stat.S_ISDIR(found.st_mode) else found.st_size), found.st_mtime_ns
 
 
 def printable(name: str) -> str:
