@@ -8,8 +8,9 @@ import pytest
 
 from mvar.images.sources import ImageFolder
 from mvar.randomness import permuted
+from mvar.testing.ranks import Ranks
 from mvar.tokenizer.files import sha256_of
-from tests.integration.test_train_tokenizer import STEPS, losses, run
+from tests.integration.test_train_tokenizer import SETTINGS, STEPS, losses, run
 from tests.tiny_tokenizers import write_pictures
 
 MET_AT = 4
@@ -68,3 +69,21 @@ def test_a_training_goes_on_after_its_damaged_picture_was_removed(damaged, tmp_p
     assert run(folder, out, *EVERY_STEP, "other_images=true") == 0
     assert list(losses(out)) == list(range(1, STEPS + 1))
     assert run(folder, out, *EVERY_STEP) == 0  # From then on the images of now are the training's.
+
+
+def test_two_processes_put_together_what_each_of_them_left_out(damaged, tmp_path):
+    folder, path = damaged
+    items = ImageFolder(folder, val_fraction=0.2).items
+    places = permuted(0, 0, np.array([4 * MET_AT + 1, 4 * MET_AT + 2]), len(items))  # Of the first and second process.
+    paths = [path, tear(items[places[1]])]
+    words = [f"images={folder}", f"out={tmp_path / 'out'}", *SETTINGS, "save_every=1", "threads=1"]
+    few = Ranks("mvar.testing.ranks:command", ["mvar.train_tokenizer", [*words, "skip_bad=1"]], 2, tmp_path / "few")
+    assert few.wait() == [2, 2], few.output()
+    assert "2 pictures are damaged, skip_bad=1 allows fewer" in few.output()
+    enough = Ranks(
+        "mvar.testing.ranks:command", ["mvar.train_tokenizer", [*words, "skip_bad=2"]], 2, tmp_path / "enough"
+    )
+    assert enough.wait() == [0, 0], enough.output()
+    assert "resuming after step" in enough.output()
+    assert json.loads((tmp_path / "out/left-out.json").read_text()).keys() == set(map(str, paths))
+    assert list(losses(tmp_path / "out")) == list(range(1, STEPS + 1))
