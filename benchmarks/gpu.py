@@ -410,7 +410,7 @@ def tokenize(context: Context) -> None:
     """As `mvar tokenize` encodes: views as uint8 in host memory to codes in host memory."""
     import numpy as np
 
-    from data_prep.encoder import Encoder
+    from data_prep.encoder import BatchEncoder
     from data_prep.job import TokenizeConfig
     from mvar.images.arrays import from_uint8
     from mvar.tokenizer.files import save_tokenizer
@@ -433,10 +433,10 @@ def tokenize(context: Context) -> None:
         codes = {}
         for precision in ("fp32", "bf16"):
             tree = {"source": folder, "store": folder, "tokenizer": str(path), "precision": precision, "batch": batch}
-            encoder = Encoder.load(TokenizeConfig.model_validate(tree))
+            encoder = BatchEncoder.load(TokenizeConfig.model_validate(tree))
             codes[precision] = encoder(pixels_BHWC)
 
-            def several(encoder: Encoder = encoder) -> None:
+            def several(encoder: BatchEncoder = encoder) -> None:
                 for launched in [encoder.launch(pixels_BHWC) for _ in range(2)]:
                     launched.collect()
 

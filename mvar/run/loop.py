@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from mvar.data.prefetch import Feed
-from mvar.errors import EXIT_FINISHED, EXIT_STOPPED
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, MvarError
 from mvar.run.folder import RunFolder
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch
@@ -22,7 +22,7 @@ from mvar.run.world import World
 
 @dataclass(frozen=True)
 class Votes:
-    """What ranks tell each other once a step: this rank's answers (0 or 1), or how many ranks said yes."""
+    """What ranks tell each other once a step: this rank's answers (0 or 1, or a number), or their sums over ranks."""
 
     stop: int = 0
     """I was asked to stop."""
@@ -32,6 +32,8 @@ class Votes:
     """The next step's data cannot be read."""
     written: int = 0
     """My part of the checkpoint under way is written."""
+    damaged: int = 0
+    """So many damaged pieces of data I left out that the others do not know of."""
 
     def numbers(self) -> list[int]:
         """To be summed over ranks; `Votes(*sums)` is what they said."""
@@ -51,13 +53,14 @@ class Session:
     takeover_s: float
     """A process that gave no sign of life for so long loses the folder."""
 
-    def votes(self, feed: Feed[Any], *, written: bool = False) -> Votes:
+    def votes(self, feed: Feed[Any], *, written: bool = False, damaged: int = 0) -> Votes:
         """This rank's."""
         return Votes(
             stop=int(self.stops.reason is not None),
             lost=int(not self.ours()),
             unreadable=int(feed.error is not None),
             written=int(written),
+            damaged=damaged,
         )
 
     def require_folder(self) -> None:
@@ -108,13 +111,14 @@ class TrainingLoop(ABC, Generic[B, R]):
             if votes.lost:
                 session.require_folder()
             self.record(done, result, watch)
+            fault = self.settle(votes)
             found = self.look(done, ending=ending)
-            leaving = bool(ending or votes.stop or votes.unreadable)
+            leaving = bool(ending or votes.stop or votes.unreadable or fault)
             if leaving or due(done, self.save_every):
                 session.watchdog.feed()
                 self.save(done, found, last=leaving)
-            if votes.unreadable and not ending:
-                session.world.raise_together(self.feed.error)
+            if (votes.unreadable or fault) and not ending:
+                session.world.raise_together(self.feed.error or (fault if session.world.is_main else None))
             if votes.stop and not ending:
                 return self._stop(done)
         self.finish(done)
@@ -135,6 +139,10 @@ class TrainingLoop(ABC, Generic[B, R]):
     @abstractmethod
     def record(self, done: int, result: R, watch: Stopwatch) -> None:
         """Write down what the step gave; `done` counts it from here on."""
+
+    def settle(self, votes: Votes) -> MvarError | None:
+        """Put together what ranks have to know of each other; an error of all of them ends the training, saved."""
+        return None
 
     @abstractmethod
     def look(self, done: int, *, ending: bool) -> float | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.encoder import Encoder
+from data_prep.encoder import BatchEncoder
 from mvar import MVAR, VQVAE, generate
 from mvar.model.init import init_weights_
 from mvar.run.world import World
@@ -61,7 +61,7 @@ def pictures(count: int) -> Tensor:
 def test_fp32_codes_are_those_of_the_cpu(codes_of_cpu: Tensor, on_device: VQVAE, device: torch.device) -> None:
     """As `mvar tokenize` makes them: nearly all. Sums in another order may tip a code that is a tie."""
     torch.nn.utils.convert_conv2d_weight_memory_format(on_device, torch.channels_last)
-    codes_BL = Encoder(on_device, device, batch=2)(some_pixels(IMAGES, seed=IMAGES, side=256))
+    codes_BL = BatchEncoder(on_device, device, batch=2)(some_pixels(IMAGES, seed=IMAGES, side=256))
     agreement = (torch.from_numpy(codes_BL.astype("int64")) == codes_of_cpu).float().mean()
     print(f"agreement {agreement:.5f}")
     assert agreement >= 0.995
@@ -87,7 +87,7 @@ def test_fp32_features_and_pixels_have_no_tf32_in_them(
 
 def test_bf16_encoding_runs(codes_of_cpu: Tensor, on_device: VQVAE, device: torch.device) -> None:
     """Faster, and other codes for about a quarter of the tokens: far more agree than chance would have."""
-    encoder = Encoder(on_device, device, batch=IMAGES, precision="bf16")
+    encoder = BatchEncoder(on_device, device, batch=IMAGES, precision="bf16")
     codes_BL = encoder(some_pixels(IMAGES, seed=IMAGES, side=256)).astype("int64")
     agreement = (torch.from_numpy(codes_BL) == codes_of_cpu).float().mean()
     print(f"agreement {agreement:.3f}")
