@@ -215,7 +215,7 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep]):
             speed = {"imgs_per_s": self.config.batch / seconds, "wait_share": watch.waited_s / seconds}
             self.tracker.write("train", done, **result.measured, **speed)
 
-    def settle(self, votes: Votes) -> ImageError | None:
+    def agree(self, votes: Votes) -> ImageError | None:
         """Tell all ranks, and the user, of the damaged pictures that were met; the error if they are too many."""
         if not votes.damaged:
             return None

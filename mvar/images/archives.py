@@ -20,7 +20,7 @@ from mvar.images.listfile import numbered_classes, untrained
 from mvar.images.pixels import LARGEST_BYTES, Rules, decode, too_large
 from mvar.images.sources import SPLITS, Contents, Entry, Item, tar_key
 from mvar.images.splits import role_in
-from mvar.images.walk import IMAGE_SUFFIXES, Evidence, LeftOut, evidence_of, is_litter
+from mvar.images.walk import IMAGE_SUFFIXES, Evidence, Omissions, evidence_of, is_litter
 
 LABEL_SUFFIX = ".cls"
 
@@ -58,7 +58,7 @@ def look_into(pattern: str, cache: Path | None = None, class_names: tuple[str, .
     first copied into `cache`, each once. Classes are numbers unless `class_names` names them. Raises ImageError,
     StoreError (a URL cannot be fetched).
     """
-    where, left_out = f"tars {pattern}", LeftOut()
+    where, left_out = f"tars {pattern}", Omissions()
     entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     evidence: Evidence = {}
     urls = expand(pattern)
@@ -121,7 +121,7 @@ def _stem(url: str) -> str:
     return names[-1] if names else hashlib.sha256(os.fsencode(url)).hexdigest()[:16]
 
 
-def _list_tar(stem: str, path: Path, left_out: LeftOut) -> Iterator[Entry]:
+def _list_tar(stem: str, path: Path, left_out: Omissions) -> Iterator[Entry]:
     images: dict[str, _Member] = {}
     labels: dict[str, int] = {}
     try:

@@ -44,7 +44,7 @@ class Found(NamedTuple):
     bytes: int
 
 
-class LeftOut:
+class Omissions:
     """Counts what a listing leaves out, by reason, and keeps the first of each as an example."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Walk:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.left_out = LeftOut()
+        self.left_out = Omissions()
         self.remarks: list[str] = []
         self.evidence: Evidence = {}
         self._entries: dict[Path, list[os.DirEntry[str]]] = {}

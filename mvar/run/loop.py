@@ -111,7 +111,7 @@ class TrainingLoop(ABC, Generic[B, R]):
             if votes.lost:
                 session.require_folder()
             self.record(done, result, watch)
-            fault = self.settle(votes)
+            fault = self.agree(votes)
             found = self.look(done, ending=ending)
             leaving = bool(ending or votes.stop or votes.unreadable or fault)
             if leaving or due(done, self.save_every):
@@ -140,7 +140,7 @@ class TrainingLoop(ABC, Generic[B, R]):
     def record(self, done: int, result: R, watch: Stopwatch) -> None:
         """Write down what the step gave; `done` counts it from here on."""
 
-    def settle(self, votes: Votes) -> MvarError | None:
+    def agree(self, votes: Votes) -> MvarError | None:
         """Put together what ranks have to know of each other; an error of all of them ends the training, saved."""
         return None
 
