@@ -44,7 +44,7 @@ class Renderer:
 
     def __call__(self, item: Item, plan: ViewPlan) -> Pixels | DamagedImageError:
         try:
-            return plan.render(self.reader(item.path), self.seed, item.key)
+            return plan.render(self.reader(item.path, item.bytes), self.seed, item.key)
         except DamagedImageError as error:
             return error
 

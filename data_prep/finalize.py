@@ -40,6 +40,7 @@ class CheckedShard(NamedTuple):
     label_N: NDArray[np.int32]
     counts_SW: I64
     quarantine: tuple[Quarantined, ...]
+    suspicious: tuple[str, ...]
 
 
 def finalize(folder: Path, tasks: int | None = None, workers: int | None = None) -> Manifest:
@@ -85,6 +86,11 @@ def summary(manifest: Manifest, labels_N: I64 | None = None) -> str:
         lines.append(
             f"{len(manifest.classes)} classes, training images in each: fewest {counts.min():,}, "
             f"median {int(np.median(counts)):,}, most {counts.max():,}"
+        )
+    if suspicious := manifest.statistics.get("suspicious"):
+        lines.append(
+            f"WARNING: {suspicious['images']:,} images are nearly black, or nearly of one colour, such as "
+            f"{', '.join(suspicious['such_as'])}. Look at them: were they read as they should be (docs/tokenize.md)?"
         )
     lines.append(f"{manifest.tokens} tokens a view; of {manifest.vocab_size} words each scale uses:")
     lines.append("  scale   side  words used  entropy, bits a token")
@@ -141,7 +147,7 @@ def _check(folder: Path, job: TokenizeJob, plan: ShardPlan, pyramid: ScalePyrami
         ]
     )
     info = ShardInfo(name=record.name, samples=record.samples, bytes=record.bytes, sha256=record.sha256)
-    return CheckedShard(plan, info, table.offset_N, label_N, counts_SW, record.quarantine)
+    return CheckedShard(plan, info, table.offset_N, label_N, counts_SW, record.quarantine, record.suspicious)
 
 
 def _write(folder: Path, job: TokenizeJob, shards: list[CheckedShard], pyramid: ScalePyramid) -> Manifest:
@@ -173,7 +179,7 @@ def _write(folder: Path, job: TokenizeJob, shards: list[CheckedShard], pyramid: 
         classes=job.classes,
         tokenizer=job.tokenizer,
         source=job.source,
-        transform=job.transform,
+        transform={"orientation": "stored"} | job.transform,  # Jobs name it only where it is another.
         encoding=job.encoding | _calibration(folder, job),
         job_sha256=job.sha256,
         statistics=_statistics(shards),
@@ -203,7 +209,13 @@ def _statistics(shards: list[CheckedShard]) -> dict[str, Any]:
     return {
         "words_used": [int(used) for used in (counts_SW > 0).sum(axis=1)],
         "entropy_bits": [round(float(bits), 4) for bits in bits_SW.sum(axis=1)],
-    }
+    } | _suspicious(shards)
+
+
+def _suspicious(shards: list[CheckedShard]) -> dict[str, Any]:
+    """How many images look wrong, and some of their keys."""
+    keys = [key for shard in shards for key in shard.suspicious]
+    return {"suspicious": {"images": len(keys), "such_as": keys[:5]}} if keys else {}
 
 
 def _explain_unfinished(folder: Path, plans: list[ShardPlan], unfinished: list[ShardPlan], tasks: int | None) -> str:

@@ -18,7 +18,8 @@ def facts(folder: Path) -> str:
     manifest = store.manifest
     transform, encoding = manifest.transform, dict(manifest.encoding)
     calibration = encoding.pop("calibration", None)
-    shown = ", ".join(manifest.classes if len(manifest.classes) <= 6 else [*manifest.classes[:6], "..."])
+    shown = ", ".join(f"{label} {name}" for label, name in enumerate(manifest.classes[:6]))
+    shown += ", ..." * (len(manifest.classes) > 6)
     return "\n".join(
         [
             f"code store {folder}, format {manifest.format_version}",
@@ -28,6 +29,8 @@ def facts(folder: Path) -> str:
             f"channels, sides {', '.join(map(str, manifest.patch_nums))}",
             f"transform  shorter side to {transform['resize_shorter_side']} px ({transform['filter']}), crops of "
             f"{transform['size']} px: {', '.join(transform['views'])}",
+            f"pictures   transparency on {transform.get('background', 'white')}, orientation "
+            f"{transform.get('orientation', 'stored')}, deep grey values of {transform.get('grey_bits', 'their')} bits",
             f"encoding   {', '.join(f'{key} {value}' for key, value in encoding.items())}",
             *([Calibration.model_validate(calibration).table()] if calibration else []),
             f"classes    {shown}",

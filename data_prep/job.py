@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from data_prep.kept import KeptListing
 from mvar.config import DeviceChoice
 from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
 from mvar.errors import StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
 from mvar.images.layouts import Kind, open_images
-from mvar.images.pixels import Background
-from mvar.images.sources import Source
+from mvar.images.pixels import Background, GreyBits, Orientation, Rules
+from mvar.images.sources import Contents, Source
 from mvar.images.views import RESIZE, HFlip, ViewPlan
 from mvar.settings import Fraction, Section
 from mvar.tokenizer.files import save_quantizer
@@ -74,6 +75,10 @@ class TokenizeConfig(Section):
     views: ViewsConfig = Field(default_factory=lambda: ViewsConfig())
     val_fraction: Fraction = Field(0.0, description="share of images held out, where the source has no val/")
     background: Background = Field("white", description="what shows through transparent pixels")
+    orientation: Orientation = Field("stored", description="exif: turn pictures as their EXIF data say")
+    grey_bits: GreyBits | None = Field(
+        None, description="bits of greyscale values deeper than 8, where the files do not tell; the upper 8 are kept"
+    )
     seed: NonNegativeInt = Field(0, description="seed of the crops and of the order of images in the store")
     shuffle: bool = Field(True, description="mix the classes within and over the shards, for sequential readers")
     shard_samples: PositiveInt = Field(4096, description="images in a shard, at most")
@@ -93,6 +98,11 @@ class TokenizeConfig(Section):
     def is_exact(self) -> bool:
         """Whether the codes are those of plain fp32."""
         return self.precision == "fp32" and not self.compile
+
+    @property
+    def rules(self) -> Rules:
+        """How files become RGB pictures."""
+        return Rules(self.background, self.orientation, self.grey_bits)
 
     def train_plan(self, size: int) -> ViewPlan:
         """The views of a training image. Raises ConfigError."""
@@ -173,17 +183,33 @@ class TokenizeJob(pydantic.BaseModel):
             ) from None
 
 
-def open_source(config: TokenizeConfig) -> Source:
-    """The images to tokenize. Raises MvarError."""
+def open_source(config: TokenizeConfig, *, keep: bool = False) -> Source:
+    """The images to tokenize, by the listing in the store if it stands; `keep`: else list and keep them there.
+
+    Raises MvarError.
+    """
+
+    def kept(asked: dict[str, Any], look: Callable[[], Contents]) -> Contents:
+        listing = KeptListing(config.store, asked)
+        if keep:
+            return listing.once(look, keep=lambda contents: _may_be_listed(config.store, contents))
+        return listing.read() or look()
+
     return open_images(
         config.source,
         config.source_kind,
         val_fraction=config.val_fraction,
-        background=config.background,
+        rules=config.rules,
         val_labels=config.val_labels,
         class_names=config.class_names,
         cache=config.source_cache,
+        kept=kept,
     )
+
+
+def _may_be_listed(store: Path, contents: Contents) -> bool:
+    """Whether the store is of these images, or of none yet: a command that will be refused changes nothing."""
+    return not (store / JOB).exists() or TokenizeJob.read(store).source.sha256 == contents.fingerprint().sha256
 
 
 def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: bytes) -> TokenizeJob:
@@ -197,7 +223,7 @@ def plan_job(config: TokenizeConfig, source: Source, vqvae: VQVAE, quantizer: by
         quantizer=FileInfo(name=QUANTIZER, bytes=len(quantizer), sha256=hashlib.sha256(quantizer).hexdigest()),
         source=SourceInfo(**source.fingerprint._asdict()),
         classes=source.classes,
-        transform=train.describe() | {"background": config.background},
+        transform=train.describe() | config.rules.describe(),
         encoding={
             "precision": config.precision,
             "compile": config.compile,

@@ -33,6 +33,8 @@ class ShardRecord(ShardInfo):
 
     job_sha256: str
     quarantine: tuple[Quarantined, ...] = ()
+    suspicious: tuple[str, ...] = ()
+    """Keys of images that are nearly black, or nearly of one colour."""
 
 
 class ShardTable(NamedTuple):
@@ -45,12 +47,16 @@ class ShardTable(NamedTuple):
 
 
 class ShardWriter:
-    """Appends samples to an open tar, hashing what it writes. `quarantine`: images that were left out."""
+    """Appends samples to an open tar, hashing what it writes.
+
+    `quarantine`: images that were left out; `suspicious`: keys of those that are not, and look wrong.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.samples = 0
         self.bytes = 0
         self.quarantine: list[Quarantined] = []
+        self.suspicious: list[str] = []
         self._file = file
         self._digest = hashlib.sha256()
 
@@ -85,6 +91,7 @@ def shard_writer(folder: Path, name: str, job_sha256: str) -> Iterator[ShardWrit
         sha256=digest,
         job_sha256=job_sha256,
         quarantine=tuple(writer.quarantine),
+        suspicious=tuple(writer.suspicious),
     )
     write_file(record_path(folder, name), (record.model_dump_json() + "\n").encode())
 

@@ -33,8 +33,8 @@ from mvar.durations import duration
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import remove_stale
 from mvar.images.pixels import DamagedImageError
-from mvar.images.sources import Item, Source
-from mvar.images.views import ViewPlan
+from mvar.images.sources import Item, Source, say_notes
+from mvar.images.views import ViewPlan, is_suspicious
 from mvar.randomness import permuted
 from mvar.run.claims import Claims
 from mvar.run.world import cores
@@ -67,7 +67,8 @@ def tokenize(
     if skip_bad < 0:
         raise ConfigError(f"--skip-bad {skip_bad}: expected a number of images, from 0.")
     encoder = BatchEncoder.load(config)
-    source = open_source(config)
+    source = open_source(config, keep=True)
+    say_notes(source)
     quantizer = quantizer_bytes(encoder.vqvae)
     job = plan_job(config, source, encoder.vqvae, quantizer)
     calibration = None if config.is_exact else accepted_calibration(config, source, encoder, job)
@@ -196,6 +197,8 @@ class ShardMaker:
                 self._leave_out(writer, shard, image.order.item, image.views)
             else:
                 assert codes_VL is not None, "every image that is not damaged was encoded"
+                if is_suspicious(image.views):
+                    writer.suspicious.append(image.order.item.key)
                 writer.add(image.order.item.key, codes_VL, image.order.item.label)
             self.progress.add(1)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -23,9 +25,11 @@ from mvar.evaluation.classifier import Classifier, fit, judge, load_classifier, 
 from mvar.evaluation.fidelity import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
 from mvar.files.disk import write_text
 from mvar.images.arrays import Bytes
-from mvar.images.sources import ImageFolder
+from mvar.images.pixels import Orientation, Rules
+from mvar.images.sources import ImageFolder, say_notes
 from mvar.images.views import RESIZE, centre_view
 from mvar.log import log
+from mvar.sample import CLASSES, RECORD
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,23 @@ def read_samples(path: Path, size: int) -> LabelledImages:
     found = read_split(folder, "train", size, resize=1.0)
     numbers = torch.tensor([int(name) for name in folder.classes])
     return LabelledImages(found.images_NHWC, numbers[found.labels_N])
+
+
+def differing_names(samples: Path, classes: Sequence[str]) -> list[str]:
+    """A line if classes of one number were called otherwise where the samples were drawn, as far as that is known."""
+    try:
+        drawn = json.loads((samples / RECORD).read_text())[CLASSES]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    pairs = enumerate(zip(drawn, classes, strict=False))
+    differing = [(label, ours, theirs) for label, (ours, theirs) in pairs if ours not in (theirs, str(label))]
+    if not differing:
+        return []
+    label, ours, theirs = differing[0]
+    return [
+        f"--samples {samples}: {len(differing)} classes were called otherwise where they were drawn: class number "
+        f"{label} was {ours!r}, and is {theirs!r} in the images. Figures compare classes of one number."
+    ]
 
 
 def compare(
@@ -117,13 +138,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resize", type=float, default=RESIZE, help=f"shorter side before the crop, in sizes (default {RESIZE})"
     )
+    parser.add_argument(
+        "--orientation",
+        choices=get_args(Orientation),
+        default="stored",
+        help="exif: turn real images as their EXIF data say, if the store was made so (default stored)",
+    )
     parser.add_argument("--size", type=int, default=32, help="pixels the classifier sees (default 32)")
     parser.add_argument("--classifier", type=Path, help="weights file: read if it exists, else trained and written")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training images (default 8)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(argv)
 
-    folder = ImageFolder(args.images, val_fraction=args.val_fraction)
+    folder = ImageFolder(args.images, val_fraction=args.val_fraction, rules=Rules(orientation=args.orientation))
+    say_notes(folder)
     num_classes = len(folder.classes)
     samples = read_samples(args.samples, args.size)
     if len(samples.labels_N) <= NEIGHBOURS:
@@ -136,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--samples {args.samples} has class {int(samples.labels_N.max())}, but {args.images} has"
             f" {num_classes} classes. Compare with the images that the model was trained on."
         )
+    for line in differing_names(args.samples, folder.classes):
+        print(f"mvar: WARNING: {line}", file=sys.stderr)
     train, val = (read_split(folder, split, args.size, args.resize) for split in ("train", "val"))
     if args.classifier is not None and args.classifier.exists():
         classifier = load_classifier(args.classifier, num_classes)

@@ -31,6 +31,7 @@ from mvar.log import log
 from mvar.model.kernels import fused
 from mvar.model.kernels.arithmetic import Arithmetic
 from mvar.model.transformer import MVAR
+from mvar.sampling.classes import class_names, parse_classes
 from mvar.sampling.graph import GraphedDrawing
 from mvar.sampling.sampler import DEFAULTS, SamplingOptions, check_geometry
 from mvar.tokenizer.files import load_tokenizer
@@ -38,6 +39,8 @@ from mvar.tokenizer.vqvae import VQVAE
 
 RECORD = "sample.json"
 """What a folder of samples was drawn with. Images drawn otherwise are not mixed in."""
+CLASSES = "classes"
+"""Its key for the names of the classes."""
 PROGRESS_EVERY_S = 10.0
 MANY = 2000
 """Images from which compiling, a minute or two, pays."""
@@ -109,22 +112,6 @@ class Painter:
             return self.tokenizer.decode_latent(f_hat_BChw)
 
 
-def parse_classes(text: str, num_classes: int) -> list[int]:
-    """ "all", or numbers and ranges such as "0-3,7", each class once, in the order given. Raises ConfigError."""
-    if text == "all":
-        return list(range(num_classes))
-    chosen: dict[int, None] = {}
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ConfigError(f"--classes {text}: cannot read {part!r}. Expected all, or numbers such as 0-9 or 1,5.")
-        low, high = int(first), int(last or first)
-        if low > high or high >= num_classes:
-            raise ConfigError(f"--classes {text}: {part!r} is not within 0-{num_classes - 1}, the model's classes.")
-        chosen.update(dict.fromkeys(range(low, high + 1)))
-    return list(chosen)
-
-
 def fingerprint(state: dict[str, Tensor]) -> str:
     """Tells weights apart: a digest over every name and the first values of every tensor."""
     digest = hashlib.sha256()
@@ -154,14 +141,18 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     return cast(Precision, name)
 
 
-def claim(out: Path, settings: Settings) -> None:
-    """Note the settings in the folder, or compare with what is noted. Raises ConfigError where they differ."""
+def claim(out: Path, settings: Settings, names: Sequence[str] | None) -> None:
+    """Note the settings in the folder, or compare with what is noted. Raises ConfigError where they differ.
+
+    `names` of the classes are noted too, for who reads the folder.
+    """
     path = out / RECORD
     ours = settings.record()
+    told = ours if names is None else ours | {CLASSES: list(names)}
     try:
         theirs = json.loads(path.read_text())
     except FileNotFoundError:
-        write_text(path, json.dumps(ours, indent=1) + "\n")
+        write_text(path, json.dumps(told, indent=1) + "\n")
         return
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -224,7 +215,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest that verifies)")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
-    parser.add_argument("--classes", default="all", help="all, or numbers such as 0-9 or 1,5 (default all)")
+    parser.add_argument(
+        "--classes", default="all", help="all, or numbers and names such as 0-9 or 1,5 or cat,=7 (default all)"
+    )
+    parser.add_argument(
+        "--class-names", type=Path, help="file with a class name a line, or code store (default: the run's code store)"
+    )
     parser.add_argument("--per-class", type=int, default=8, help="images of each class (default 8)")
     for flag, default, meaning in (
         ("--cfg", DEFAULTS.cfg, "guidance at the finest scale, 0: off"),
@@ -286,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.device("meta"):
         model = MVAR.from_config(config, num_classes=config.num_classes)
     check_geometry(model, tokenizer.quantizer)
-    classes = parse_classes(args.classes, config.num_classes)
+    names = class_names(args.weights, args.class_names, config.num_classes)
+    classes = parse_classes(args.classes, config.num_classes, names)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -304,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.store_matmuls_(DTYPES[precision]).to(device).eval()
     tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    if names is not None:
+        shown = ", ".join(f"{label} {names[label]}" for label in classes[:10])
+        print(f"sample: classes {shown}{', ...' * (len(classes) > 10)}", flush=True)
     pictures = [Picture(label, number) for label in classes for number in range(args.per_class)]
     mine = pictures[args.task :: args.tasks]
     few = args.compile == "auto" and (device.type == "cpu" or len(mine) < MANY)
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.no_images:
         drawn = dict(draw_all(painter, mine))
     else:
-        claim(args.out, settings)
+        claim(args.out, settings, names)
         for folder in {picture.path(args.out).parent for picture in mine}:
             remove_stale(folder)
         waiting = [picture for picture in mine if not is_written(picture.path(args.out))]

@@ -6,7 +6,7 @@
 
 In the `out` folder: tokenizer.safetensors (when finished), state.safetensors (to resume from) and the one before it,
 metrics.jsonl, config.yaml, samples/ and reconstructions.png (held-out originals above what the tokenizer makes of
-them).
+them); left-out.json, if pictures are damaged and skip_bad allows for them.
 Exit codes: 0 finished, 2 wrong use, 75 stopped on purpose with the state saved, others are faults.
 """
 
@@ -26,11 +26,11 @@ import torch
 from mvar.cli import run_command
 from mvar.config import Phase, TrackingConfig
 from mvar.data.prefetch import Feed
-from mvar.errors import EXIT_FINISHED, CheckpointError
+from mvar.errors import EXIT_FINISHED, CheckpointError, ImageError
 from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
-from mvar.images.sources import Source
+from mvar.images.sources import Source, say_notes
 from mvar.log import log, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.command import run_training
@@ -43,14 +43,17 @@ from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
 from mvar.tokenizer.training.console import TokenizerLines
+from mvar.tokenizer.training.left_out import LeftOut, read_left_out, write_left_out
 from mvar.tokenizer.training.losses import LossTerm, absolute_error, codebook_error, commitment_error, squared_error
 from mvar.tokenizer.training.parallel import hand_round, part_of, require_equal, require_work_for_all
 from mvar.tokenizer.training.perceptual import Perceptual
 from mvar.tokenizer.training.pictures import Pictures, Pixels, centre_views
-from mvar.tokenizer.training.state import StateFile, TokenizerTrainingState
+from mvar.tokenizer.training.state import IMAGES, StateFile, TokenizerTrainingState
 from mvar.tokenizer.training.trainer import Trainer
 
 GRID_COLUMNS = 8
+LEFT_OUT = "left-out.json"
+"""Damaged pictures of a training by path, with the reasons."""
 
 
 def loss_terms(config: LossConfig, device: torch.device | str = "cpu") -> list[LossTerm]:
@@ -73,7 +76,7 @@ def identity_of(config: TokenizerTrainConfig, source: Source) -> dict[str, Any]:
     loss = config.loss
     files = {"loss.perceptual_backbone": loss.perceptual_backbone, "loss.perceptual_heads": loss.perceptual_heads}
     digests = {key: sha256_of(path) for key, path in files.items() if path is not None and loss.perceptual}
-    return config.identity() | {"images": source.fingerprint.sha256} | digests
+    return config.identity() | {IMAGES: source.fingerprint.sha256} | digests
 
 
 def train(config: TokenizerTrainConfig, world: World) -> int:
@@ -109,7 +112,9 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         threads = config.threads or max(1, cores() // world.place.local_size)
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
-        held_out = world.together(lambda: HeldOut.of(config, source, world, threads))
+        known = world.share(world.together(lambda: _known_damage(config, source) if world.is_main else None))
+        left_out = LeftOut(config.skip_bad, known)
+        held_out = world.together(lambda: HeldOut.of(config, source, world, threads, left_out))
         watchdog.feed()
         trainer = Trainer(config, terms, world, threads)
         if done:
@@ -124,6 +129,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
             part=part_of(config.batch, world),
             ram_gib=config.ram_gib,
             workers=threads,
+            left_out=left_out,
         )
         world.together(lambda: write_text(run.config, dump(config)) if world.is_main else None)
         if world.is_main:
@@ -133,7 +139,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         tracker = stack.enter_context(_tracker(config, world, done))
         feed = Feed(stack.enter_context(closing(pictures.batches(done, config.steps))), 1)
         kept = Kept(states, identity)
-        return TokenizerTraining(session, feed, config, trainer, held_out, kept, tracker).loop(done)
+        return TokenizerTraining(session, feed, config, trainer, held_out, left_out, kept, tracker).loop(done)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class HeldOut:
     """The source holds nothing out, so these are training pictures."""
 
     @staticmethod
-    def of(config: TokenizerTrainConfig, source: Source, world: World, workers: int) -> HeldOut:
+    def of(config: TokenizerTrainConfig, source: Source, world: World, workers: int, left_out: LeftOut) -> HeldOut:
         """Read them. Raises ImageError."""
         items = source.splits["val"] or source.splits["train"]
         chosen = _spread(len(items), config.validate_images)
@@ -162,7 +168,7 @@ class HeldOut:
             size = config.geometry.image_size
             if not len(indices):
                 return np.zeros((0, size, size, 3), np.uint8)
-            return centre_views(source, [items[i] for i in indices], size, config.resize, workers)
+            return centre_views(source, items, indices, size, config.resize, left_out, workers)
 
         pictures = read(drawn if world.is_main else [])
         return HeldOut(read(chosen[mine.start : mine.stop]), pictures, len(chosen), not source.splits["val"])
@@ -194,17 +200,19 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep, TokenizerStep]):
         config: TokenizerTrainConfig,
         trainer: Trainer,
         held_out: HeldOut,
+        left_out: LeftOut,
         kept: Kept,
         tracker: Tracker,
     ) -> None:
         super().__init__(session, feed, tracker, config.steps, config.save_every)
-        self.config, self.trainer, self.held_out = config, trainer, held_out
+        self.config, self.trainer, self.held_out, self.left_out = config, trainer, held_out, left_out
         self.kept, self.world, self.folder = kept, session.world, session.run.path
 
     def launch(self, done: int, batches: Sequence[Pixels]) -> TokenizerStep:
         (pixels,) = batches
         measured = self.trainer.step(pixels)
-        own = torch.tensor(self.session.votes(self.feed).numbers(), dtype=torch.float64)
+        votes = self.session.votes(self.feed, damaged=self.left_out.unshared)
+        own = torch.tensor(votes.numbers(), dtype=torch.float64)
         return TokenizerStep(measured, Votes(*map(int, self.world.sum(own))))
 
     def result(self, launched: TokenizerStep) -> TokenizerStep:
@@ -215,6 +223,21 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep, TokenizerStep]):
             seconds = watch.seconds()
             speed = {"imgs_per_s": self.config.batch / seconds, "wait_share": watch.waited_s / seconds}
             self.tracker.write("train", done, **result.measured, **speed)
+
+    def agree(self, votes: Votes) -> ImageError | None:
+        """Tell all ranks, and the user, of the damaged pictures that were met; the error if they are too many."""
+        if not votes.damaged:
+            return None
+        new = self.left_out.agree(self.world)
+        excess = self.left_out.excess()
+        if excess is None:
+            self.world.together(lambda: self.list_damaged(new) if self.world.is_main else None)
+        return excess
+
+    def list_damaged(self, new: dict[str, str]) -> None:
+        for path, reason in new.items():
+            log.warning("left out %s: %s", path, reason)
+        write_left_out(self.folder / LEFT_OUT, self.left_out.reasons)
 
     def looks_due(self, done: int) -> set[str]:
         return {"val", "sample"} if done == self.last_step or due(done, self.config.validate_every) else set()
@@ -270,7 +293,16 @@ def reconstructions(originals_NHWC: Pixels, reconstructed_NHWC: Pixels, columns:
 
 
 def _open(config: TokenizerTrainConfig) -> Source:
-    return open_images(config.images, val_fraction=config.val_fraction, cache=config.images_cache)
+    source = open_images(config.images, val_fraction=config.val_fraction, rules=config.rules, cache=config.images_cache)
+    say_notes(source)
+    return source
+
+
+def _known_damage(config: TokenizerTrainConfig, source: Source) -> dict[str, str]:
+    known = read_left_out(config.out / LEFT_OUT, source)
+    if excess := LeftOut(config.skip_bad, known).excess():
+        raise excess
+    return known
 
 
 def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, Any]) -> TokenizerTrainingState | None:
@@ -278,7 +310,7 @@ def _saved(states: StateFile, config: TokenizerTrainConfig, identity: dict[str, 
     states.remove_leftovers()
     if states.exists():
         state = states.read()
-        state.require_same(states.path, identity)
+        state.require_same(states.path, identity, free=(IMAGES,) if config.other_images else ())
         return state
     result = config.out / "tokenizer.safetensors"
     if result.exists():

@@ -10,20 +10,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from PIL import Image
 
 from mvar.errors import ImageError
-from mvar.images.pixels import Background, FileReader
+from mvar.images.pixels import AS_PUBLISHED, FileReader, Rules
+from mvar.images.splits import split_folders
+from mvar.images.walk import IMAGE_SUFFIXES, Evidence, Found, Walk, printable
 
 SPLITS = ("train", "val")
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"},
-)
 MAX_KEY = 88
 """Characters of a key, at most."""
 VAL_LABELS = ("LOC_val_solution.csv", "val_labels.txt", "val.txt", "val_annotations.txt")
@@ -31,11 +31,15 @@ VAL_LABELS = ("LOC_val_solution.csv", "val_labels.txt", "val.txt", "val_annotati
 
 
 class Item(NamedTuple):
-    """One labelled image. `key` is unique in its split and safe inside a tar; `path` means something to the reader."""
+    """One labelled image. `key` is unique in its split and safe inside a tar; `path` means something to the reader.
+
+    `bytes`: of the file when it was listed, where that is known.
+    """
 
     key: str
     path: str
     label: int
+    bytes: int | None = None
 
 
 class Fingerprint(NamedTuple):
@@ -50,8 +54,8 @@ class Fingerprint(NamedTuple):
 class Reader(Protocol):
     """Turns a location (an item's `path`) into a picture. Small enough to be sent to worker processes."""
 
-    def __call__(self, path: str | Path) -> Image.Image:
-        """Mode RGB, stored orientation. Raises ImageError."""
+    def __call__(self, path: str | Path, size_bytes: int | None = None) -> Image.Image:
+        """Mode RGB; `size_bytes`: an item's `bytes`, to notice a file that changed. Raises ImageError."""
 
 
 class Source(Protocol):
@@ -71,12 +75,45 @@ class Source(Protocol):
     @property
     def reader(self) -> Reader: ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the listing, such as what was left out: a line each."""
+
 
 class Entry(NamedTuple):
     """A listed image and its size."""
 
     item: Item
     bytes: int
+
+
+class Contents(NamedTuple):
+    """All that looking at a source gives; the rest follows without another look.
+
+    `where`: the source in words. `entries`: of the splits that the source has. `evidence`: what tells a change of it.
+    """
+
+    kind: str
+    where: str
+    classes: tuple[str, ...]
+    entries: Mapping[str, list[Entry]]
+    notes: tuple[str, ...]
+    evidence: Evidence
+
+    def fingerprint(self) -> Fingerprint:
+        """Of names, labels and sizes of all images, in their order."""
+        digest, images, total_bytes = hashlib.sha256(), 0, 0
+        for split, own in self.entries.items():
+            images, total_bytes = images + len(own), total_bytes + sum(entry.bytes for entry in own)
+            digest.update(f"{split}\n".encode())
+            digest.update("".join(f"{item.key}\t{item.label}\t{size}\n" for item, size in in_order(own)).encode())
+        digest.update("\n".join(self.classes).encode())
+        return Fingerprint(self.kind, images, total_bytes, digest.hexdigest())
+
+
+def in_order(entries: list[Entry]) -> list[Entry]:
+    """Sorted by (label, key)."""
+    return sorted(entries, key=lambda entry: (entry.item.label, entry.item.key))
 
 
 class Listing:
@@ -86,35 +123,26 @@ class Listing:
     no other), becomes that split. Raises ImageError when two images share a key or nothing is left to train on.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        where: str,
-        classes: Iterable[str],
-        entries: Mapping[str, list[Entry]],
-        reader: Reader,
-        val_fraction: float,
-    ) -> None:
-        self.classes = tuple(classes)
+    def __init__(self, contents: Contents, reader: Reader, val_fraction: float) -> None:
+        self.contents = contents
+        self.classes = contents.classes
+        self.notes = contents.notes
         self.reader = reader
-        digest = hashlib.sha256()
+        self.fingerprint = contents.fingerprint()
+        entries = contents.entries
         splits: dict[str, tuple[Item, ...]] = {"val": ()}
         for split, own in entries.items():
-            own = sorted(own, key=lambda entry: (entry.item.label, entry.item.key))
+            own = in_order(own)
             splits[split] = tuple(entry.item for entry in own)
-            _refuse_twins(where, splits[split])
-            digest.update(f"{split}\n".encode())
-            digest.update("".join(f"{item.key}\t{item.label}\t{size}\n" for item, size in own).encode())
-        digest.update("\n".join(self.classes).encode())
-        total = [entry.bytes for own in entries.values() for entry in own]
+            _refuse_twins(contents.where, splits[split])
         if not entries.get("val") and val_fraction > 0:
             splits = _split_by_key(splits["train"], val_fraction)
         if not splits["train"]:
             raise ImageError(
-                f"{where}: val_fraction {val_fraction} leaves none of {len(total)} images to train on. Lower it."
+                f"{contents.where}: val_fraction {val_fraction} leaves none of {self.fingerprint.images} images to "
+                "train on. Lower it."
             )
         self.splits = {split: splits[split] for split in SPLITS}
-        self.fingerprint = Fingerprint(kind, len(total), sum(total), digest.hexdigest())
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -129,11 +157,11 @@ class Listing:
 class ImageFolder(Listing):
     """Class sub-folders of images: `root/<class>/**/<image>`, or the same inside `root/train` and `root/val`.
 
-    Classes are the sub-folders' names, sorted. Hidden files and files without an image's extension are ignored. As
-    ImageNet is distributed, `root/val` may hold its images in no class folders: then `val_labels`, or a file that
-    VAL_LABELS names, gives their classes (see `flat_labels`), and the listing is the same as if they lay in class
-    folders. Raises ImageError when the folder does not exist, holds no class, a class holds no image, a validation
-    image has no label, or nothing is left to train on.
+    Classes are the sub-folders' names, sorted. Links are followed; what is no picture is left out and noted (`walk`).
+    `splits` has the names of splits. As ImageNet is distributed, `root/val` may hold its images in no class folders:
+    then `val_labels`, or a file that VAL_LABELS names, gives their classes (see `flat_labels`), and the listing is the
+    same as if they lay in class folders. Raises ImageError when the folder does not exist, can be read in two ways,
+    holds no class, a class holds no image, a validation image has no label, or nothing is left to train on.
     """
 
     def __init__(
@@ -141,21 +169,51 @@ class ImageFolder(Listing):
         root: str | Path,
         *,
         val_fraction: float = 0.0,
-        background: Background = "white",
+        rules: Rules = AS_PUBLISHED,
         val_labels: Path | None = None,
     ) -> None:
         self.root = Path(root)
-        folders = _split_folders(self.root)
-        classes = tuple(name for name, _ in _class_folders(folders["train"]))
-        entries = {}
-        for split, folder in folders.items():
-            labels_file = val_labels or _find_labels(folder)
-            flat = split == "val" and _is_flat(folder, classes, labels_file)
-            listed = _list_flat(folder, classes, labels_file) if flat else _list_split(folder, classes)
-            entries[split] = list(listed)
-        super().__init__(
-            "image_folder", f"image folder {self.root}", classes, entries, FileReader(background), val_fraction
-        )
+        super().__init__(look_into(self.root, val_labels), FileReader(**vars(rules)), val_fraction)
+
+
+def look_into(root: Path, val_labels: Path | None = None) -> Contents:
+    """The images of a folder; see ImageFolder."""
+    walk = Walk(root)
+    folders = split_folders(walk)
+    names = tuple(name for name, _ in _class_folders(walk, folders["train"]))
+    entries = {}
+    for split, folder in folders.items():
+        labels_file = val_labels or _find_labels(folder)
+        flat = split == "val" and _is_flat(walk, folder, names, labels_file)
+        listed = _list_flat(walk, folder, names, labels_file) if flat else _list_split(walk, folder, names)
+        entries[split] = list(listed)
+    classes = tuple(map(printable, names))
+    notes = (*misleading_numbers(classes), *walk.notes())
+    return Contents("image_folder", f"image folder {root}", classes, entries, notes, walk.evidence)
+
+
+def misleading_numbers(classes: tuple[str, ...]) -> list[str]:
+    """A note where the order of names as text, which numbers the classes, is not the one that people count in."""
+    counted = {name: place for place, name in enumerate(sorted(classes, key=_counting))}
+    expected = [int(name) if name.isdecimal() else counted[name] for name in classes]
+    for label, (name, other) in enumerate(zip(classes, expected, strict=True)):
+        if label != other:
+            return [
+                f"classes are numbered from 0 in the order of their names as text: {name!r} is class number {label}, "
+                f"not {other}. Say classes by their names, or give numbers equally many digits (00, 01, ...)"
+            ]
+    return []
+
+
+def _counting(name: str) -> list[tuple[int, str]]:
+    """A key that sorts runs of digits by their value."""
+    return [(int(run), "") if run.isdecimal() else (-1, run) for run in re.split(r"(\d+)", name)]
+
+
+def say_notes(source: Source) -> None:
+    """Print what a user should know of a listing, on stderr."""
+    for note in source.notes:
+        print(f"mvar: NOTE: {note}.", file=sys.stderr, flush=True)
 
 
 def held_out(key: str, fraction: float) -> bool:
@@ -185,29 +243,10 @@ def _split_by_key(items: tuple[Item, ...], fraction: float) -> dict[str, tuple[I
     }
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """`train` (and `val`) sub-folders if the folder is laid out so, else the folder itself as `train`."""
-    names = {entry.name for entry in _visible(root) if entry.is_dir()}
-    if "train" in names and names <= {"train", "val", "test"} and any(e.is_dir() for e in _visible(root / "train")):
-        return {split: root / split for split in SPLITS if split in names}
-    return {"train": root}
-
-
-def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ImageError(
-            f"image folder {folder}: cannot be listed ({error.strerror}). "
-            "Expected a folder with one sub-folder of images for each class."
-        ) from None
-
-
-def _class_folders(folder: Path) -> list[tuple[str, Path]]:
-    found = [(entry.name, Path(entry.path)) for entry in _visible(folder) if entry.is_dir()]
+def _class_folders(walk: Walk, folder: Path) -> list[tuple[str, Path]]:
+    found = walk.folders(folder)
     if not found:
-        loose = sum(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in _visible(folder))
+        loose = sum(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in walk.entries(folder))
         raise ImageError(
             f"image folder {folder}: no class sub-folders ({loose} images lie directly in it). "
             "Put the images of each class into a sub-folder named after the class."
@@ -215,19 +254,19 @@ def _class_folders(folder: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def _list_split(folder: Path, classes: tuple[str, ...]) -> Iterator[Entry]:
+def _list_split(walk: Walk, folder: Path, classes: tuple[str, ...]) -> Iterator[Entry]:
     labels = {name: label for label, name in enumerate(classes)}
-    for name, class_folder in _class_folders(folder):
+    for name, class_folder in _class_folders(walk, folder):
         if name not in labels:
             raise ImageError(
-                f"image folder {folder}: class {name!r} has no folder among the training images. "
+                f"image folder {folder}: class {printable(name)!r} has no folder among the training images. "
                 "Validation classes must be a part of the training classes."
             )
-        listed = list(_list_class(class_folder))
+        listed = list(walk.images(class_folder))
         if not listed:
             raise ImageError(
-                f"image folder {class_folder}: no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}). "
-                "Remove the empty class folder, or put images into it."
+                f"image folder {class_folder}: no images that Pillow opens. Remove the empty class folder, or put "
+                "images into it."
             )
         yield from _entries(name, labels[name], listed)
 
@@ -237,13 +276,13 @@ def _find_labels(folder: Path) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def _is_flat(folder: Path, classes: tuple[str, ...], labels_file: Path | None) -> bool:
+def _is_flat(walk: Walk, folder: Path, classes: tuple[str, ...], labels_file: Path | None) -> bool:
     """Whether the images of `folder` lie in no class folders: loose, or there is a file of their labels."""
-    folders = {entry.name for entry in _visible(folder) if entry.is_dir()}
+    folders = {name for name, _ in walk.folders(folder)}
     return folders.isdisjoint(classes) and (labels_file is not None or not folders)
 
 
-def _list_flat(folder: Path, classes: tuple[str, ...], labels_file: Path | None) -> Iterator[Entry]:
+def _list_flat(walk: Walk, folder: Path, classes: tuple[str, ...], labels_file: Path | None) -> Iterator[Entry]:
     if labels_file is None:
         raise ImageError(
             f"image folder {folder}: its images lie in no class folders, and there is no file of their labels "
@@ -251,13 +290,14 @@ def _list_flat(folder: Path, classes: tuple[str, ...], labels_file: Path | None)
             "for each, such as ImageNet's LOC_val_solution.csv."
         )
     labels = flat_labels(labels_file, classes)
-    by_label: dict[int, list[tuple[str, str, int]]] = {}
-    for inside, path, size in _list_class(folder):
+    walk.look_at(labels_file)
+    by_label: dict[int, list[Found]] = {}
+    for inside, path, size in walk.images(folder):
         name = os.path.basename(inside)
         label = labels.get(name, labels.get(os.path.splitext(name)[0]))
         if label is None:
             raise ImageError(f"image {path}: {labels_file} has no line for it. Add one, or remove the image.")
-        by_label.setdefault(label, []).append((name, path, size))
+        by_label.setdefault(label, []).append(Found(name, path, size))
     for label, listed in by_label.items():
         yield from _entries(classes[label], label, listed)
 
@@ -265,13 +305,13 @@ def _list_flat(folder: Path, classes: tuple[str, ...], labels_file: Path | None)
 def flat_labels(path: Path, classes: tuple[str, ...]) -> dict[str, int]:
     """Labels by file name: lines `file class ...`, separated by a comma or blanks, with or without extension.
 
-    A class is a name or its number in the sorted names, from 0; what follows it does not matter, nor does a header.
-    Raises ImageError.
+    A class is a name or its number in the sorted names, from 0 (but not where names are numbers themselves); what
+    follows it does not matter, nor does a header. Raises ImageError.
     """
     names = {name: label for label, name in enumerate(classes)}
-    numbers = {str(label): label for label in range(len(classes))}
+    numbers = {} if any(map(str.isdecimal, classes)) else {str(label): label for label in range(len(classes))}
     labels = {}
-    for number, line in enumerate(text_lines(path)):
+    for number, line in enumerate(text_lines(path, names=True)):
         file, *rest = re.split(r"[,\s]+", line.strip(), maxsplit=2)
         if not rest:
             raise ImageError(
@@ -286,37 +326,23 @@ def flat_labels(path: Path, classes: tuple[str, ...]) -> dict[str, int]:
     return labels
 
 
-def text_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that are not blank. Raises ImageError."""
+def text_lines(path: Path, *, names: bool = False) -> list[str]:
+    """The lines of a UTF-8 file that are not blank. Raises ImageError.
+
+    `names`: it holds names of files, so other bytes are kept as Python keeps them in names of files.
+    """
+    errors = "surrogateescape" if names else "strict"
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig", errors=errors).split("\n")
+        return [line for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ImageError(f"{path}: cannot be read ({error}). Give a text file.") from None
 
 
-def _list_class(folder: Path) -> Iterator[tuple[str, str, int]]:
-    """(path inside the class folder, full path, bytes) of each image, in no particular order."""
-    waiting = [(str(folder), "")]
-    while waiting:
-        current, inside = waiting.pop()
-        for entry in _visible(Path(current)):
-            if entry.is_dir(follow_symlinks=False):
-                waiting.append((entry.path, f"{inside}{entry.name}/"))
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.is_dir():
-                try:
-                    size = entry.stat().st_size
-                except OSError as error:
-                    raise ImageError(
-                        f"image {entry.path}: cannot be read ({error.strerror}). Replace or remove it."
-                    ) from None
-                yield f"{inside}{entry.name}", entry.path, size
-
-
-def _entries(name: str, label: int, listed: list[tuple[str, str, int]]) -> Iterator[Entry]:
-    """What a class lists: (path inside it, full path, bytes) of each image."""
+def _entries(name: str, label: int, listed: list[Found]) -> Iterator[Entry]:
     keys = file_keys([f"{name}/{inside}" for inside, _, _ in listed])
     for key, (_, path, size) in zip(keys, listed, strict=True):
-        yield Entry(Item(key, path, label), size)
+        yield Entry(Item(key, path, label, size), size)
 
 
 def file_keys(names: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from mvar.data.prefetch import Feed
-from mvar.errors import EXIT_FINISHED, EXIT_STOPPED
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, MvarError
 from mvar.log import log
 from mvar.run.folder import RunFolder
 from mvar.run.stopping import StopRequests, Watchdog
@@ -25,7 +25,7 @@ from mvar.run.world import World
 
 @dataclass(frozen=True)
 class Votes:
-    """What ranks tell each other once a step: this rank's answers (0 or 1), or how many ranks said yes."""
+    """What ranks tell each other once a step: this rank's answers (0 or 1, or a number), or their sums over ranks."""
 
     stop: int = 0
     """I was asked to stop."""
@@ -35,6 +35,8 @@ class Votes:
     """The data of a step to come cannot be read."""
     written: int = 0
     """My part of the checkpoint under way is written."""
+    damaged: int = 0
+    """So many damaged pieces of data I left out that the others do not know of."""
 
     def numbers(self) -> list[int]:
         """To be summed over ranks; `Votes(*sums)` is what they said."""
@@ -54,13 +56,14 @@ class Session:
     takeover_s: float
     """A process that gave no sign of life for so long loses the folder."""
 
-    def votes(self, feed: Feed[Any], *, written: bool = False) -> Votes:
+    def votes(self, feed: Feed[Any], *, written: bool = False, damaged: int = 0) -> Votes:
         """This rank's."""
         return Votes(
             stop=int(self.stops.reason is not None),
             lost=int(not self.ours()),
             unreadable=int(feed.error is not None),
             written=int(written),
+            damaged=damaged,
         )
 
     def require_folder(self) -> None:
@@ -96,12 +99,14 @@ class Asked:
 
     stop: bool = False
     unreadable: bool = False
+    fault: MvarError | None = None
+    """What all ranks agreed is too much to go on with."""
 
     def __bool__(self) -> bool:
-        return self.stop or self.unreadable
+        return self.stop or self.unreadable or self.fault is not None
 
     def __or__(self, other: Asked) -> Asked:
-        return Asked(self.stop or other.stop, self.unreadable or other.unreadable)
+        return Asked(self.stop or other.stop, self.unreadable or other.unreadable, self.fault or other.fault)
 
 
 B = TypeVar("B")
@@ -158,8 +163,8 @@ class TrainingLoop(ABC, Generic[B, L, R]):
             if asked or saving:
                 session.watchdog.feed("save")
                 self.save(done, last=ending or bool(asked))
-            if asked.unreadable and not ending:
-                session.world.raise_together(self.feed.error)
+            if (asked.unreadable or asked.fault) and not ending:
+                session.world.raise_together(self.feed.error or (asked.fault if session.world.is_main else None))
             if (asked.stop and not ending) or not self._look(done, looks):
                 return self._stop(done, saved=saving or bool(asked))
         self.finish(done)
@@ -171,7 +176,7 @@ class TrainingLoop(ABC, Generic[B, L, R]):
         if result.votes.lost:
             self.session.require_folder()
         self.record(step.done, result, step.watch)
-        return Asked(bool(result.votes.stop), bool(result.votes.unreadable))
+        return Asked(bool(result.votes.stop), bool(result.votes.unreadable), self.agree(result.votes))
 
     def _look(self, done: int, looks: set[str]) -> bool:
         """False if asked to stop before the end of it."""
@@ -212,6 +217,10 @@ class TrainingLoop(ABC, Generic[B, L, R]):
     @abstractmethod
     def record(self, done: int, result: R, watch: Stopwatch) -> None:
         """Write down what the step gave; `done` counts it from here on."""
+
+    def agree(self, votes: Votes) -> MvarError | None:
+        """Put together what ranks have to know of each other; an error of all of them ends the training, saved."""
+        return None
 
     @abstractmethod
     def looks_due(self, done: int) -> set[str]:

@@ -68,6 +68,17 @@ def test_images_and_grid_are_named_and_laid_out_by_class(places: list[str], tmp_
     assert len(ImageFolder(out).splits["train"]) == 6, "an image folder like any other"
 
 
+def test_classes_by_name_are_those_by_number(places: list[str], tmp_path: Path) -> None:
+    names, numbers, named = tmp_path / "names.txt", tmp_path / "numbers", tmp_path / "named"
+    names.write_text("cat\ndog\nbird\nfish\n")
+    assert draw(places, "--classes", "3,1", "--per-class", "1", "--out", str(numbers)) == 0
+    by_name = ("--classes", "fish,dog", "--class-names", str(names), "--per-class", "1")
+    assert draw(places, *by_name, "--out", str(named)) == 0
+    assert images(named) == images(numbers)
+    assert json.loads((named / "sample.json").read_text())["classes"] == ["cat", "dog", "bird", "fish"]
+    assert draw(places, *by_name, "--out", str(numbers)) == 0  # Names are no setting that makes another folder.
+
+
 def test_tasks_batches_and_interruptions_do_not_change_the_folder(places: list[str], tmp_path: Path) -> None:
     whole, parts, batched = tmp_path / "whole", tmp_path / "parts", tmp_path / "batched"
     assert draw(places, "--per-class", "3", "--out", str(whole)) == 0

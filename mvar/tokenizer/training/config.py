@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from mvar.config import DeviceChoice, WandbMode
 from mvar.errors import MvarError
+from mvar.images.pixels import GreyBits, Orientation, Rules
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 from mvar.settings import Fraction, Section, flat
 
@@ -101,6 +102,10 @@ class TokenizerTrainConfig(Section):
     geometry: GeometryConfig = Field(default_factory=lambda: GeometryConfig())
     seed: NonNegativeInt = Field(0, description="seed of weights, order of pictures, crops, revived words")
     val_fraction: Fraction = Field(0.1, description="images held out where the folder has no val/")
+    orientation: Orientation = Field("stored", description="exif: turn pictures as their EXIF data say")
+    grey_bits: GreyBits | None = Field(None, description="bits of greyscale values deeper than 8, as for tokenizing")
+    skip_bad: NonNegativeInt = Field(0, description="damaged images that may be left out; the next one takes the place")
+    other_images: bool = Field(False, description="go on with images that changed, such as after one was removed")
     validate_images: PositiveInt = Field(500, description="held-out images that quality is measured on, at most")
     resize: float = Field(1.125, ge=1, description="shorter side before the crop / the pictures' side")
     ram_gib: NonNegativeFloat = Field(4.0, description="memory of a process for decoded images, in GiB")
@@ -153,6 +158,11 @@ class TokenizerTrainConfig(Section):
             )
         return self
 
+    @property
+    def rules(self) -> Rules:
+        """How files become RGB pictures."""
+        return Rules(orientation=self.orientation, grey_bits=self.grey_bits)
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides the result, by dotted name: what may not change when a training is resumed.
 
@@ -161,7 +171,10 @@ class TokenizerTrainConfig(Section):
         indifferent = {
             *("images", "images_cache", "out", "ram_gib", "validate_images", "device", "threads"),
             *("log_every", "validate_every", "save_every", "grid_images", "wandb", "wandb_project", "tensorboard"),
-            *("stop_before_end_s", "takeover_s", "watchdog_s"),
+            *("stop_before_end_s", "takeover_s", "watchdog_s", "skip_bad", "other_images"),
         }
         settings = flat(self.model_dump(mode="json", exclude=indifferent))
+        # What came later is told only where it is not what states from before mean.
+        later = {"orientation": "stored", "grey_bits": None}
+        settings = {key: value for key, value in settings.items() if key not in later or value != later[key]}
         return {key: value for key, value in settings.items() if key not in FILES}

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvar.images.sources import Item, Source
-from mvar.images.views import centre_view, random_crop_view, resize_shorter_side
+from mvar.images.views import Frame, centre_view, random_crop_view
 from mvar.randomness import permuted
+from mvar.tokenizer.training.left_out import LeftOut
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -25,7 +26,8 @@ class Pictures:
 
     An epoch's view of an image is view number `epoch` (mvar.images.views). Images stay in memory, resized, while they
     fit into `ram_gib`. Nothing else is kept: any step can be asked for at any time. `workers`: threads that decode.
-    `part`: places of the global batch that are wanted here, all by default.
+    `part`: places of the global batch that are wanted here, all by default. `left_out` says what becomes of damaged
+    images.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Pictures:
         part: range | None = None,
         ram_gib: float = 4.0,
         workers: int = 2,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.items = source.splits["train"]
         self.size, self.resize, self.batch_size, self.seed = size, resize, batch, seed
@@ -46,6 +49,7 @@ class Pictures:
         self._kept: dict[int, Image.Image] = {}
         self._room_bytes = int(ram_gib * 2**30)
         self._workers = workers
+        self._left_out = LeftOut() if left_out is None else left_out
         self._part = range(batch) if part is None else part
 
     @property
@@ -72,14 +76,14 @@ class Pictures:
 
     def _picture(self, wanted: tuple[int, int]) -> Pixels:
         index, epoch = wanted
-        item = self.items[index]
-        return random_crop_view(self._image(index, item), self.size, self.seed, item.key, epoch, self.resize)
+        index, image = self._left_out.whole(self.items, index, self._image)
+        return random_crop_view(image, self.size, self.seed, self.items[index].key, epoch, self.resize)
 
-    def _image(self, index: int, item: Item) -> Image.Image:
-        """The resized image; resizing it again changes nothing."""
+    def _image(self, index: int) -> Image.Image:
+        """What crops are made of (see Frame); resizing it again changes nothing."""
         if index in self._kept:
             return self._kept[index]
-        image = resize_shorter_side(self._read(item.path), self.size, self.resize)
+        image = Frame.of(self._read(self.items[index].path), self.size, self.resize).image
         needed_bytes = image.width * image.height * 4  # Pillow holds RGB in four bytes.
         if needed_bytes <= self._room_bytes:
             self._room_bytes -= needed_bytes
@@ -87,7 +91,19 @@ class Pictures:
         return image
 
 
-def centre_views(source: Source, items: Sequence[Item], size: int, resize: float, workers: int = 2) -> Pixels:
-    """Centre crops of some images, uint8 (N, H, W, 3)."""
+def centre_views(
+    source: Source,
+    items: Sequence[Item],
+    indices: Sequence[int],
+    size: int,
+    resize: float,
+    left_out: LeftOut,
+    workers: int = 2,
+) -> Pixels:
+    """Centre crops of some of the items, uint8 (N, H, W, 3); `left_out` says what becomes of damaged ones."""
+
+    def view(index: int) -> Pixels:
+        return centre_view(source.reader(items[index].path), size, resize)
+
     with ThreadPoolExecutor(workers) as pool:
-        return np.stack(list(pool.map(lambda item: centre_view(source.reader(item.path), size, resize), items)))
+        return np.stack(list(pool.map(lambda index: left_out.whole(items, index, view)[1], indices)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from mvar.log import log
 from mvar.tokenizer.files import digest_of
 
 FORMAT = 2
+IMAGES = "images"
+"""Key of the images' fingerprint in what may not change."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,16 @@ class TokenizerTrainingState:
     tensors: dict[str, Tensor]
     identity: dict[str, Any]
 
-    def require_same(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Raises CheckpointError that names what differs from the training it belongs to."""
-        changed = [
-            f"{key}: {self.identity.get(key)!r} then, {identity.get(key)!r} now"
-            for key in sorted(self.identity.keys() | identity.keys())
-            if self.identity.get(key) != identity.get(key)
-        ]
-        if changed:
+    def require_same(self, path: Path, identity: Mapping[str, Any], free: Collection[str] = ()) -> None:
+        """Raises CheckpointError that names what differs from the training it belongs to, but for the keys `free`."""
+        keys = sorted((self.identity.keys() | identity.keys()) - set(free))
+        wrong = [key for key in keys if self.identity.get(key) != identity.get(key)]
+        if wrong:
+            changed = "; ".join(f"{key}: {self.identity.get(key)!r} then, {identity.get(key)!r} now" for key in wrong)
+            way = " If they changed on purpose, other_images=true goes on with them." if wrong == [IMAGES] else ""
             raise CheckpointError(
-                f"training state {path}: it belongs to another training ({'; '.join(changed)}). Give another out=..."
-                " folder, or the settings it was started with."
+                f"training state {path}: it belongs to another training ({changed}). Give another out=..."
+                f" folder, or the settings it was started with.{way}"
             )
 
 

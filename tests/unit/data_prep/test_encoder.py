@@ -12,6 +12,7 @@ from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig
 from data_prep.tokenize import tokenize
+from mvar.data.manifest import JOB
 from mvar.data.store import CodeStore
 from mvar.errors import BackendError, ConfigError, ImageError
 from mvar.images.arrays import from_uint8
@@ -126,7 +127,7 @@ def test_a_fast_mode_is_refused_until_its_cost_is_accepted(inputs, tmp_path):
         tokenize(config(inputs, store, "precision=bf16"))
     with pytest.raises(ConfigError, match=r"not good enough for accept_agreement=1\.0"):
         tokenize(config(inputs, store, "precision=bf16", "accept_agreement=1"))
-    assert not store.exists()  # Nothing is pinned: another mode may still be chosen.
+    assert not (store / JOB).exists()  # Nothing is pinned: another mode may still be chosen.
     tokenize(config(inputs, store, "precision=bf16", "accept_agreement=0.3"))
     finalize(store)
     told = CodeStore.open(store).manifest.encoding

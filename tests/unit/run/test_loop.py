@@ -157,6 +157,19 @@ def test_data_that_cannot_be_read_end_the_training_after_the_step_that_still_had
     assert training.did[0] == "step 0 of [0]" and training.did[-2:] == ["record 1", "save 1 True"]
 
 
+def test_what_ranks_agreed_to_be_a_fault_ends_the_training_saved_and_is_nothing_after_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Noted(tmp_path, iter(range(10)), last_step=2)
+    fault = StoreError("too much is damaged")
+    monkeypatch.setattr(training, "agree", lambda votes: fault)
+    with pytest.raises(StoreError, match="too much is damaged"):
+        training.loop(0)
+    assert training.did == ["step 0 of [0]", "record 1", "save 1 None True"]
+    assert training.loop(1) == EXIT_FINISHED
+    assert training.did[-2:] == ["save 2 2.0 True", "finish 2"]
+
+
 def test_who_lost_the_folder_writes_nothing_into_it(tmp_path: Path) -> None:
     training = Noted(tmp_path, iter(range(10)), lost_at=1)
     with pytest.raises(TrainingError, match=r"another process took it over.* 9 s \(takeover_s\)"):
@@ -165,9 +178,9 @@ def test_who_lost_the_folder_writes_nothing_into_it(tmp_path: Path) -> None:
 
 
 def test_votes_are_summed_by_name(tmp_path: Path) -> None:
-    own, other = Votes(stop=1, written=1), Votes(lost=1, written=1)
+    own, other = Votes(stop=1, written=1, damaged=2), Votes(lost=1, written=1, damaged=1)
     sums = [a + b for a, b in zip(own.numbers(), other.numbers(), strict=True)]
-    assert Votes(*sums) == Votes(stop=1, lost=1, unreadable=0, written=2)
+    assert Votes(*sums) == Votes(stop=1, lost=1, unreadable=0, written=2, damaged=3)
 
 
 @pytest.mark.parametrize(("step", "every", "expected"), [(4, 2, True), (3, 2, False), (3, 0, False)])
