@@ -131,6 +131,8 @@ RESULTS = {
         "mvar/status.py",
         "mvar/plan/command.py",
         "mvar/training/dry_run.py",
+        "mvar/cluster/chain.py",
+        "mvar/cluster/scripts.py",
         "mvar/cluster/snapshot.py",
     ),
     *("data_prep/calibrate.py", "data_prep/finalize.py", "data_prep/inspect.py", "data_prep/tokenize.py"),

@@ -143,18 +143,19 @@ def test_who_asks_to_stop_while_it_looks_finds_everything_saved(
     assert training.did[-3:] == ["look 3 for sample val", *acts, "stopped 3: got SIGTERM"]
 
 
-@pytest.mark.parametrize("kind", [Noted, Late])
+@pytest.mark.parametrize(("kind", "good"), [(Noted, 1), (Late, 2)])
 def test_data_that_cannot_be_read_end_the_training_after_the_step_that_still_had_some(
-    tmp_path: Path, kind: type[Noted]
+    tmp_path: Path, kind: type[Noted], good: int
 ) -> None:
     def batches() -> Iterator[int]:
-        yield 0
+        yield from range(good)
         raise StoreError("a damaged shard")
 
     training = kind(tmp_path, batches())
     with pytest.raises(StoreError, match="a damaged shard"):
         training.loop(0)
-    assert training.did[0] == "step 0 of [0]" and training.did[-2:] == ["record 1", "save 1 True"]
+    assert training.steps == [f"step {step} of [{step}]" for step in range(good)]
+    assert training.did[-2:] == [f"record {good}", f"save {good} True"]
 
 
 def test_what_ranks_agreed_to_be_a_fault_ends_the_training_saved_and_is_nothing_after_the_last_step(
