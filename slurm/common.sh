@@ -82,7 +82,7 @@ launch() {
 examine() {
   if [ "${MVAR_DOCTOR:-on}" = off ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then return 0; fi
   # shellcheck disable=SC2086
-  timeout 120 ${MVAR_LAUNCH:-} "$MVAR_PYTHON" -m mvar.doctor "$@" || say "mvar doctor did not finish"
+  timeout 120 ${MVAR_LAUNCH:-} "${MVAR_TASK_PYTHON:-$MVAR_PYTHON}" -m mvar.doctor "$@" || say "mvar doctor did not finish"
 }
 
 # tasks_of_array ARGUMENTS...: sets `share` to the --task and --tasks of this task of an array. With --tasks N among the

@@ -6,6 +6,7 @@ mamba-ssm's kernels in Triton's interpreter, which knows float32 alone and takes
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -16,7 +17,8 @@ ON = os.environ.get("MVAR_GPU_TESTS_ON", "cuda")
 # One configuration for each of mamba-ssm's kernels. Otherwise each process compiles all, minutes of them, to time them.
 os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 os.environ.setdefault("CAUSAL_CONV1D_DETERMINISTIC", "1")
-os.environ.pop("TRITON_CACHE_AUTOTUNING", None)  # it would have them compiled and timed after all
+if os.environ["MAMBA_DETERMINISTIC"] == "1":
+    os.environ.pop("TRITON_CACHE_AUTOTUNING", None)  # it would have them compiled and timed after all
 if ON == "interpreter":
     from tests.mamba_interpreter import install
 
@@ -24,10 +26,16 @@ if ON == "interpreter":
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Say at once what fails: a run that is cut off has no summary."""
-    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        last = str(report.longrepr).strip().splitlines()[-1:]
-        print(f"\nFAILED {report.nodeid} ({report.when}): {' '.join(last)[:300]}", flush=True)
+    """With MVAR_GPU_TESTS_LOG=FILE, one line of JSON for each test as soon as it is done: a run that is cut off, on a
+    machine that is lent by the minute, has then said what it found."""
+    path = os.environ.get("MVAR_GPU_TESTS_LOG")
+    if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
+        return
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+    line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+    line |= {"said": report.capstdout.strip()[-600:], "why": why.strip()[-2500:]}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 @pytest.fixture(scope="session")

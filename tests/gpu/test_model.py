@@ -134,7 +134,7 @@ def test_the_official_models_numbers_are_reproduced(device: torch.device, part: 
         assert relative_to_largest(logits_BLV[:, train["logits_pos"]], train["logits_at"]) < 1e-5
         assert torch.equal(logits_BLV.argmax(-1).cpu(), train["logits_argmax"])
     loss = F.cross_entropy(logits_BLV.flatten(0, 1), train["gt_idx"].flatten().to(device))
-    assert loss.item() == pytest.approx(train["loss"].item(), rel=1e-6)
+    assert loss.item() == pytest.approx(train["loss"].item(), rel=1e-5)
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None

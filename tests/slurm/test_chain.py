@@ -147,13 +147,14 @@ def test_a_preempted_job_saves_and_is_requeued(
 def test_a_job_that_an_administrator_requeues_goes_on(
     cluster: Cluster, tmp_path: Path, store: Path, curve: list[float]
 ) -> None:
-    chain = Chain(cluster, tmp_path, store, jobs=1)
+    chain = Chain(cluster, tmp_path, store, jobs=1, environ={"MVAR_DOCTOR": "on"})
     chain.reach(30)
     cluster.run("scontrol", "requeue", f"{chain.id}_1")
     states = chain.finish()
     assert chain.losses() == curve[:STEPS]
     assert len(chain.starts()) == 2 and chain.starts()[1] >= 20
     assert states == {f"{chain.id}_1": "COMPLETED"} and cluster.field(chain.id, "Restarts") == "1"
+    assert train_log(chain.run).count("what is chosen") == 1, "the job says once what its node has"
 
 
 @pytest.mark.parametrize("victim", ["batch node", "other node"])

@@ -121,7 +121,8 @@ def fused_mixer(
 def convolve(x_BLK: Tensor, weight_KW: Tensor, bias_K: Tensor, tail_BVK: Tensor | None) -> Tensor:
     """Causal depthwise convolution and SiLU. `tail`: the rows before x (zeros if None)."""
     strides_fit = all(stride % STRIDE_MULTIPLE == 0 for stride in x_BLK.stride()[:2])
-    x_BKL = (x_BLK if strides_fit else x_BLK.contiguous()).transpose(1, 2)
+    # Not `contiguous`, which leaves the strides of one token of one image as they are: one row has no next one.
+    x_BKL = (x_BLK if strides_fit else x_BLK.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
     initial = None if tail_BVK is None else tail_BVK.to(x_BLK.dtype).contiguous().transpose(1, 2)
     out_BKL: Tensor = kernels().conv(x_BKL, weight_KW, bias_K, initial_states=initial, activation="silu")
     return out_BKL.transpose(1, 2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvar.model.kernels import mamba_ssm
 from mvar.model.kernels.mamba_ops import causal_conv
 from mvar.model.kernels.ssd import WHOLE, chunk_length, ssd
 from mvar.model.mamba2 import DECAYS, CausalConv, GatedNorm, Mamba2, MambaState
@@ -261,3 +262,24 @@ def test_exact_decays_replace_values_and_leave_gradients(carried: bool) -> None:
     for name in DECAYS:
         assert torch.equal(getattr(narrow, name).grad, getattr(wide, name).grad)
     assert narrow.state_dict().keys() == wide.state_dict().keys()
+
+
+@pytest.mark.parametrize("rows", [644, 648])
+@pytest.mark.parametrize(("images", "tokens"), [(1, 1), (1, 4), (3, 1), (3, 4)])
+def test_the_convolutions_kernel_gets_rows_that_begin_where_it_wants_them(
+    monkeypatch: pytest.MonkeyPatch, rows: int, images: int, tokens: int
+) -> None:
+    """At multiples of 8 elements, also for one token of one image, whose strides torch does not care about."""
+    seen: list[Tensor] = []
+
+    def conv(x_BKL: Tensor, *_: object, **__: object) -> Tensor:
+        seen.append(x_BKL)
+        return x_BKL
+
+    kernels = mamba_ssm.Kernels(conv, None, None, True)
+    monkeypatch.setattr(mamba_ssm, "kernels", lambda: kernels)
+    x_BLK = torch.randn(images, tokens, rows)[..., 256:640]
+    found_BLK = mamba_ssm.convolve(x_BLK, torch.zeros(384, 4), torch.zeros(384), None)
+    (x_BKL,) = seen
+    assert x_BKL.stride(1) == 1 and x_BKL.stride(0) % 8 == 0 and x_BKL.stride(2) % 8 == 0
+    assert torch.equal(found_BLK, x_BLK)
