@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mvar.durations import duration
+from mvar.log import log
 
 PROGRESS_EVERY_S = 5.0
 
@@ -61,4 +62,4 @@ class TokenizeProgress:
             )
 
     def say(self, text: str) -> None:
-        print(f"{self.title}: {text}", flush=True)
+        log.info("%s: %s", self.title, text)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from mvar.errors import EXIT_USER_ERROR, MvarError
+from mvar.log import log, speaking
 from mvar.omp import sleep_when_idle
 
 COMMANDS = {
@@ -33,17 +34,18 @@ COMMANDS = {
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main`; an MvarError becomes one message on stderr and exit code 2."""
-    try:
-        return main(argv)
-    except MvarError as error:
-        return show_error(error)
-    except KeyboardInterrupt:
-        return 130
+    with speaking():
+        try:
+            return main(argv)
+        except MvarError as error:
+            return show_error(error)
+        except KeyboardInterrupt:
+            return 130
 
 
 def show_error(error: MvarError) -> int:
     """One message on stderr; the exit code of a user's error."""
-    print(f"mvar: error: {error}", file=sys.stderr, flush=True)
+    log.error("%s", error)
     return EXIT_USER_ERROR
 
 
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {name:18} {summary}" for name, (_, summary) in COMMANDS.items()))
         return 0
     if args[0] not in COMMANDS:
-        print(f"mvar: error: unknown command {args[0]!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        with speaking():
+            log.error("unknown command %r; commands: %s.", args[0], ", ".join(COMMANDS))
         return EXIT_USER_ERROR
     sleep_when_idle()
     module = import_module(COMMANDS[args[0]][0])

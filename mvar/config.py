@@ -21,6 +21,8 @@ ReaderKind = Literal["mmap", "ram", "staged"]
 PeakSetting = Literal["auto", "measure"] | PositiveFloat
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 WandbMode = Literal["offline", "online", "disabled"]
+Phase = Literal["start", "step", "validate", "save"]
+"""What a training is busy with, as far as its watchdog cares."""
 
 
 class ModelConfig(Section):
@@ -134,8 +136,26 @@ class EngineConfig(Section):
         20, description="a loss or gradient norm so many deviations above the median is a spike; 0: never"
     )
     watchdog_s: NonNegativeFloat = Field(
-        1800, description="end with stacks in the log if a step, a save or the start takes longer, seconds; 0: never"
+        1800, description="end with stacks in the log after so long without progress, seconds; 0: never"
     )
+    watchdog_start_s: NonNegativeFloat | None = Field(
+        None, description="the same at the start (staging, resuming, compiling); default: watchdog_s"
+    )
+    watchdog_step_s: NonNegativeFloat | None = Field(None, description="the same in a step; default: watchdog_s")
+    watchdog_validate_s: NonNegativeFloat | None = Field(
+        None, description="the same between two batches of a validation or of samples; default: watchdog_s"
+    )
+    watchdog_save_s: NonNegativeFloat | None = Field(None, description="the same in a save; default: watchdog_s")
+
+    def limits_s(self) -> dict[Phase, float]:
+        """How long each phase of a training may go without progress; 0: for ever."""
+        given: dict[Phase, float | None] = {
+            "start": self.watchdog_start_s,
+            "step": self.watchdog_step_s,
+            "validate": self.watchdog_validate_s,
+            "save": self.watchdog_save_s,
+        }
+        return {phase: self.watchdog_s if limit is None else limit for phase, limit in given.items()}
 
 
 class CheckpointConfig(Section):

@@ -33,6 +33,7 @@ from mvar.images.arrays import enlarge, from_uint8, grid, save_png, to_uint8
 from mvar.images.pixels import read_rgb
 from mvar.images.sources import ImageFolder
 from mvar.images.views import centre_view
+from mvar.log import log
 from mvar.report import draw_curves, read_metrics
 from mvar.schedule import Plan
 from mvar.settings import load
@@ -201,7 +202,7 @@ def play(demo: Demo) -> None:
     step("images")
     folder = ImageFolder(demo.images, val_fraction=VAL_FRACTION)
     count, classes = len(folder.items), len(folder.classes)
-    print(f"{count} images of {classes} classes to learn from in {demo.images}")
+    log.info("%d images of %d classes to learn from in %s", count, classes, demo.images)
 
     step("tokenizer: learn to turn pictures into codes")
     options: dict[str, object] = {"config": RECIPES / "tokenizer_32.yaml"}
@@ -224,7 +225,7 @@ def play(demo: Demo) -> None:
         every = recipe.checkpoint.every_steps
         # In the middle between two saves, so that some steps are computed twice and can be compared.
         train_and_kill(demo, epochs, Plan.of(recipe, count).last_step // 2 // every * every + every // 2)
-        print("\nkilled with SIGKILL on purpose; now the same command again\n", flush=True)
+        log.info("killed with SIGKILL on purpose; now the same command again")
     run(train_command(demo, epochs))
 
     step("samples")
@@ -247,14 +248,14 @@ def play(demo: Demo) -> None:
 
 
 class Announcer:
-    """Prints a numbered headline for each step, with the time since the start."""
+    """Says a numbered headline for each step, with the time since the start."""
 
     def __init__(self, total: int) -> None:
         self.total, self.count, self.begin = total, 0, time.monotonic()
 
     def __call__(self, what: str) -> None:
         self.count += 1
-        print(f"\n=== {self.count}/{self.total} {what}   [{time.monotonic() - self.begin:.0f} s]", flush=True)
+        log.info("=== %d/%d %s   [%.0f s]", self.count, self.total, what, time.monotonic() - self.begin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from mvar.images.arrays import Bytes
 from mvar.images.pixels import Orientation, Rules
 from mvar.images.sources import ImageFolder, say_notes
 from mvar.images.views import RESIZE, centre_view
+from mvar.log import log
 from mvar.sample import CLASSES, RECORD
 
 
@@ -164,12 +164,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" {num_classes} classes. Compare with the images that the model was trained on."
         )
     for line in differing_names(args.samples, folder.classes):
-        print(f"mvar: WARNING: {line}", file=sys.stderr)
+        log.warning("%s", line)
     train, val = (read_split(folder, split, args.size, args.resize) for split in ("train", "val"))
     if args.classifier is not None and args.classifier.exists():
         classifier = load_classifier(args.classifier, num_classes)
     else:
-        print(f"training a classifier on {len(train.labels_N)} images, {args.epochs} epochs", flush=True)
+        log.info("training a classifier on %d images, %d epochs", len(train.labels_N), args.epochs)
         classifier = fit(train.images_NHWC, train.labels_N, num_classes, epochs=args.epochs)
         if args.classifier is not None:
             save_classifier(args.classifier, classifier)

@@ -27,6 +27,7 @@ from mvar.durations import duration
 from mvar.errors import BackendError, CheckpointError, ConfigError, ImageError
 from mvar.files.disk import remove_stale, write_text
 from mvar.images.arrays import Bytes, grid, save_png, to_uint8
+from mvar.log import log
 from mvar.model.kernels import fused
 from mvar.model.kernels.arithmetic import Arithmetic
 from mvar.model.transformer import MVAR
@@ -178,7 +179,7 @@ def draw_all(painter: Painter, pictures: Sequence[Picture]) -> Iterator[tuple[Pi
         if now_s - said_s > PROGRESS_EVERY_S or done == len(pictures):
             rate = done / (now_s - began_s)
             left_s = (len(pictures) - done) / rate
-            print(f"sample: {done}/{len(pictures)} images   {rate:.3g} images/s   {duration(left_s)} left", flush=True)
+            log.info("sample: %d/%d images   %.3g images/s   %s left", done, len(pictures), rate, duration(left_s))
             said_s = now_s
 
 
@@ -194,7 +195,7 @@ def write_grid(
         assert out is not None
         file = picture.path(out)
         if not is_written(file):
-            print(f"grid {path}: left to the task that ends last; {file} does not exist yet", flush=True)
+            log.info("grid %s: left to the task that ends last; %s does not exist yet", path, file)
             return
         try:
             with Image.open(file) as image:
@@ -302,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if names is not None:
         shown = ", ".join(f"{label} {names[label]}" for label in classes[:10])
-        print(f"sample: classes {shown}{', ...' * (len(classes) > 10)}", flush=True)
+        log.info("sample: classes %s%s", shown, ", ..." * (len(classes) > 10))
     pictures = [Picture(label, number) for label in classes for number in range(args.per_class)]
     mine = pictures[args.task :: args.tasks]
     few = args.compile == "auto" and (device.type == "cpu" or len(mine) < MANY)
@@ -317,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for folder in {picture.path(args.out).parent for picture in mine}:
             remove_stale(folder)
         waiting = [picture for picture in mine if not is_written(picture.path(args.out))]
-        print(f"sample: {len(mine)} images are this task's, {len(mine) - len(waiting)} of them exist", flush=True)
+        log.info("sample: %d images are this task's, %d of them exist", len(mine), len(mine) - len(waiting))
         for picture, pixels in draw_all(painter, waiting):
             save_png(picture.path(args.out), pixels, sync=False)
     if args.grid is not None:

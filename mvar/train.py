@@ -27,21 +27,23 @@ from mvar.data.prefetch import Feed
 from mvar.data.stream import Batch, eval_batches
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError
 from mvar.images.arrays import grid, save_png, to_uint8
+from mvar.log import log, rank_hint, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
 from mvar.run.history import History
-from mvar.run.launcher import detect, rank_hint
+from mvar.run.launcher import detect
 from mvar.run.loop import Session, TrainingLoop, claim, due
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
-from mvar.run.world import World
+from mvar.run.world import World, be_patient
 from mvar.sampling.sampler import generate_codes
 from mvar.settings import describe, load
 from mvar.tokenizer.files import load_tokenizer
+from mvar.training.chosen import announce, chosen, computing
 from mvar.training.console import TransformerLines
 from mvar.training.determinism import make_deterministic
-from mvar.training.engine import Averages, Engine, StepResult
+from mvar.training.engine import Averages, Engine, LaunchedStep, StepResult
 from mvar.training.job import TrainingJob, prepare
 from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
@@ -56,26 +58,32 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
     """Train until the end, or until asked to stop; returns the exit code. All ranks together."""
     run = RunFolder(config.run)
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.engine.watchdog_s))
+        watchdog = stack.enter_context(open_watchdog(run, config, world))
         job = world.together(lambda: prepare(config, world.size, world.place.local_size))
         takeover_s = config.checkpoint.takeover_s
         ours = world.together(lambda: stack.enter_context(claim(run, takeover_s, world)))
         if from_scratch:
             world.together(lambda: run.set_aside() if world.is_main else None)
+        write_to(run.logs)
+        log.info(f"{world.size} ranks; rank {world.rank} on {world.device}, process {os.getpid()}")
         finished = world.share(world.together(lambda: run.finished_at() if world.is_main else (-1, -1)))
         if job.plan.is_over(*finished):
             if world.is_main:
-                print(f"{run.path}: finished; nothing is left to do (raise epochs or max_steps to go on).")
+                log.info("%s: finished; nothing is left to do (raise epochs or max_steps to go on).", run.path)
             return EXIT_FINISHED
-        stops = stack.enter_context(StopRequests(run.stop_file, config.checkpoint.stop_before_end_s))
+        margin_s = config.checkpoint.stop_before_end_s
+        stops = stack.enter_context(StopRequests(run.stop_file, margin_s, looks=world.is_main))
         session = Session(run, world, watchdog, stops, ours, takeover_s)
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
         job, found = choose_checkpoint(run, job, world, change_batch=change_batch)
-        watchdog.feed()
+        watchdog.feed("start")
         objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
         engine = Engine(config, job.model, job.plan, job.split, objective, world)
-        watchdog.feed()
+        be_patient(config.engine.limits_s().values())
+        watchdog.feed("start")
         done = begin(engine, run, job, world, found)
+        watchdog.feed("start")
+        announce(world, [*computing(engine.choices, world.device), *chosen(job, world)])
         history.going_on(done)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
         for left in range(config.engine.max_rollbacks, -1, -1):
@@ -84,6 +92,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
                     return opened.loop(done)
             except DivergedError as bad:
                 world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
+                watchdog.feed("start")
                 job, done = go_back(engine, run, job, world, bad)
         raise AssertionError("the last round returns or raises")
 
@@ -99,14 +108,17 @@ def training(
         shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": config.global_batch}
         tracker.write("resume", done, **shape, last_step=job.plan.last_step)
         stream = job.stream.rank_batches(job.plan.samples(done), world.rank, world.size, job.split.micro_batch)
-        feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation)
+        feed = Feed(stack.enter_context(closing(stream)), job.split.accumulation, ahead=2)
         world.raise_together(feed.error)
         saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
+        tell([saver.chosen])
         yield TransformerTraining(session, feed, job, engine, history, utilisation, tracker, saver)
 
 
-class TransformerTraining(TrainingLoop[Batch, StepResult]):
+class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
     """What the loop does in a training of the transformer."""
+
+    reads_late = True
 
     def __init__(
         self,
@@ -119,13 +131,16 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
         tracker: Tracker,
         saver: Saver,
     ) -> None:
-        super().__init__(session, feed, job.plan.last_step, job.config.checkpoint.every_steps)
+        super().__init__(session, feed, tracker, job.plan.last_step, job.config.checkpoint.every_steps)
         self.job, self.engine, self.history, self.utilisation = job, engine, history, utilisation
-        self.tracker, self.saver = tracker, saver
+        self.saver = saver
         self.stability = Stability(job.config.engine.max_bad_steps, job.config.engine.spike_sigmas)
 
-    def step(self, done: int, batches: Sequence[Batch]) -> StepResult:
-        return self.engine.step(done, batches, self.session.votes(self.feed, written=self.saver.ended))
+    def launch(self, done: int, batches: Sequence[Batch]) -> LaunchedStep:
+        return self.engine.launch(done, batches, self.session.votes(self.feed, written=self.saver.ended))
+
+    def result(self, launched: LaunchedStep) -> StepResult:
+        return self.engine.result(launched)
 
     def record(self, done: int, result: StepResult, watch: Stopwatch) -> None:
         """Raises DivergedError on all ranks."""
@@ -134,21 +149,32 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
         if result.votes.written == self.session.world.size:
             self.note(self.saver.settle())
 
-    def look(self, done: int, *, ending: bool) -> float | None:
-        tracking = self.job.config.tracking
-        validation_loss = self.validate(done) if ending or due(done, tracking.validate_every) else None
+    def looks_due(self, done: int) -> set[str]:
+        tracking, ending = self.job.config.tracking, done == self.last_step
+        looks = set()
+        if len(self.job.store.split("val")) and (ending or due(done, tracking.validate_every)):
+            looks.add("val")
         if tracking.sample_every and (ending or due(done, tracking.sample_every)):
-            self.draw(done)
-        return validation_loss
+            looks.add("sample")
+        return looks
 
-    def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
-        self.note(self.saver.save(self.engine.progress(done, validation_loss), last=last))
+    def look(self, done: int, looks: set[str]) -> None:
+        if "val" in looks:
+            self.validate(done)
+        if "sample" in looks:
+            self.draw(done)
+
+    def save(self, done: int, *, last: bool) -> None:
+        self.note(self.saver.save(self.engine.progress(done), last=last))
+
+    def settle(self) -> None:
+        self.note(self.saver.settle())
 
     def finish(self, done: int) -> None:
-        run = self.session.run
-        if self.session.world.is_main:
-            run.finish(done, self.job.plan.samples(done))
-            print(f"finished after {done} steps: {run.path}", flush=True)
+        run, world = self.session.run, self.session.world
+        world.together(lambda: run.finish(done, self.job.plan.samples(done)) if world.is_main else None)
+        if world.is_main:
+            log.info("finished after %d steps: %s", done, run.path)
         self.history.end(EXIT_FINISHED, done, "finished")
 
     def stopped(self, done: int, reason: str) -> None:
@@ -159,6 +185,7 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
         try:
             reason = self.stability.judge(done - 1, result)
         except DivergedError:
+            self.session.watchdog.feed("save")
             self.saver.settle()
             raise
         if reason is not None and not result.skipped:
@@ -166,14 +193,17 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
 
     def note(self, attempts: list[Saved]) -> None:
         """Record checkpoints that came to their end, and remove those that are not to be kept."""
-        keep, folder = self.job.config.checkpoint, self.session.run.checkpoints
         for saved in attempts:
             if saved.error is not None:
                 self.tracker.write("not_saved", saved.step, error=saved.error)
                 continue
-            if self.session.world.is_main:
-                retain(folder, last=keep.keep_last, every=keep.keep_every, best=keep.keep_best)
+            self.retain()
             self.tracker.write("checkpoint", saved.step, seconds=saved.seconds, stall_s=saved.stall_s)
+
+    def retain(self) -> None:
+        keep = self.job.config.checkpoint
+        if self.session.world.is_main:
+            retain(self.session.run.checkpoints, last=keep.keep_last, every=keep.keep_every, best=keep.keep_best)
 
     def track(self, done: int, result: StepResult, watch: Stopwatch) -> None:
         step_s, averages = watch.seconds(), result.averages
@@ -196,42 +226,84 @@ class TransformerTraining(TrainingLoop[Batch, StepResult]):
             **{name: value for name, value in optional.items() if value},
         )
 
-    def validate(self, done: int) -> float | None:
-        """Loss and accuracy on the store's validation split, with no label dropped; None if it has none."""
-        self.session.watchdog.feed()
+    def validate(self, done: int) -> None:
+        """Loss and accuracy on the store's validation split, with no label dropped. Raises StopAskedError."""
         split, job = self.job.store.split("val"), self.job
-        if not len(split):
-            return None
         limit = job.config.tracking.validate_images
         batches = eval_batches(split, limit, job.split.micro_batch, self.session.world.rank, self.session.world.size)
-        found = self.engine.evaluate(batches)
+        found = self.engine.evaluate(batches, self.require_leisure)
+        self.saver.validated(done, found.loss)  # First: a validation that was recorded is not made again.
         self.tracker.write("val", done, images=found.images, **losses_of(found))
-        return found.loss
+        if job.config.checkpoint.keep_best:
+            self.retain()
 
     def draw(self, done: int) -> None:
-        """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes."""
-        self.session.watchdog.feed()
+        """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes.
+
+        A failure is told and costs the picture, not the run. Raises StopAskedError.
+        """
+        name = f"samples/step-{done:09d}.png"
+        codes_NL, problem = self.draw_codes()
+        if codes_NL is not None:
+            try:
+                if self.session.world.is_main:
+                    self.decode(codes_NL, name)
+                error = None
+            except Exception as raised:
+                error = raised
+            problem = self.first_problem(error)
+        if problem is None:
+            self.tracker.write("sample", done, file=name)
+        elif self.session.world.is_main:
+            log.warning("step %d: no samples were drawn: %s", done, problem)
+
+    def draw_codes(self) -> tuple[torch.Tensor | None, str | None]:
+        """Codes of the whole grid, of which each rank drew its part, or what some rank's problem was; all ranks alike.
+
+        Under ZeRO 3 ranks need each other in every layer, so a rank that fails cannot go on to tell the others: what it
+        raises ends the run.
+        """
         tracking, classes, world = self.job.config.tracking, self.job.model.num_classes, self.session.world
-        assert classes is not None and self.job.config.data.tokenizer is not None
+        assert classes is not None
         rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
         labels = rows.repeat(tracking.sample_per_class)
         share = math.ceil(len(labels) / world.size)
         # Equally many for every rank, so that collectives pair up; what is too much is thrown away.
         mine = np.arange(world.rank * share, (world.rank + 1) * share) % len(labels)
-        parts = []
+        parts: list[torch.Tensor] = []
+        error: Exception | None = None
         with self.engine.drawing() as model:
             for chunk in np.array_split(mine, math.ceil(share / self.job.split.micro_batch)):
-                labels_B = torch.from_numpy(labels[chunk])
-                codes_BL = generate_codes(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
-                parts.append(codes_BL.cpu())
-        codes_NL = torch.cat(world.gather(torch.cat(parts)))[: len(labels)]
-        name = f"samples/step-{done:09d}.png"
-        if world.is_main:
-            tokenizer = load_tokenizer(self.job.config.data.tokenizer).eval().to(world.device)
-            with torch.no_grad():
-                decoded = [to_uint8(tokenizer.decode(codes.to(world.device))) for codes in torch.split(codes_NL, 16)]
-            save_png(self.session.run.path / name, grid(np.concatenate(decoded), columns=tracking.sample_per_class))
-        self.tracker.write("sample", done, file=name)
+                self.require_leisure()
+                if error is not None:
+                    continue
+                try:
+                    labels_B = torch.from_numpy(labels[chunk])
+                    codes_BL = generate_codes(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
+                    parts.append(codes_BL.cpu())
+                except Exception as raised:
+                    if self.engine.stage == 3:
+                        raise
+                    error = raised
+        problem = self.first_problem(error)
+        if problem is not None:
+            return None, problem
+        return torch.cat(world.gather(torch.cat(parts)))[: len(labels)], None
+
+    def first_problem(self, error: Exception | None) -> str | None:
+        """What went wrong on the first rank on which something did, for all ranks."""
+        said = self.session.world.gather(None if error is None else f"{type(error).__name__}: {error}")
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None), None)
+
+    def decode(self, codes_NL: torch.Tensor, name: str) -> None:
+        """Write the grid of pictures. On one rank."""
+        path, device = self.job.config.data.tokenizer, self.session.world.device
+        assert path is not None
+        tokenizer = load_tokenizer(path).eval().to(device)
+        with torch.no_grad():
+            decoded = [to_uint8(tokenizer.decode(codes.to(device))) for codes in torch.split(codes_NL, 16)]
+        columns = self.job.config.tracking.sample_per_class
+        save_png(self.session.run.path / name, grid(np.concatenate(decoded), columns=columns))
 
 
 def losses_of(averages: Averages) -> dict[str, object]:
@@ -241,6 +313,12 @@ def losses_of(averages: Averages) -> dict[str, object]:
         "accuracy": averages.accuracy,
         "accuracy_per_scale": averages.accuracy_per_scale,
     }
+
+
+def open_watchdog(run: RunFolder, config: TrainConfig, world: World) -> Watchdog:
+    on_gpu = world.device.type == "cuda"
+    last_words = (lambda: worlds.write_flight_record(run.logs, world.rank)) if on_gpu else None
+    return Watchdog(config.engine.limits_s(), last_words)
 
 
 def open_tracker(run: RunFolder, job: TrainingJob, world: World, done: int) -> Tracker:
@@ -297,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     return run_training(
         prepare_or_rehearse,
-        lambda config: worlds.start(os.environ, config.engine.threads),
+        lambda config: worlds.start(os.environ, config.engine.threads, config.engine.limits_s()["start"]),
         lambda config, world: train(config, world, from_scratch=args.from_scratch, change_batch=args.change_batch),
     )
 

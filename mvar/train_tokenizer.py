@@ -13,6 +13,7 @@ Exit codes: 0 finished, 2 wrong use, 75 stopped on purpose with the state saved,
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -23,20 +24,21 @@ import numpy as np
 import torch
 
 from mvar.cli import run_command
-from mvar.config import TrackingConfig
+from mvar.config import Phase, TrackingConfig
 from mvar.data.prefetch import Feed
 from mvar.errors import EXIT_FINISHED, CheckpointError, ImageError
 from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
 from mvar.images.sources import Source, say_notes
+from mvar.log import log, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
 from mvar.run.loop import Session, TrainingLoop, Votes, claim, due
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
-from mvar.run.world import World, cores
+from mvar.run.world import World, be_patient, cores
 from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
@@ -84,7 +86,9 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
     """
     run = RunFolder(config.out)
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.watchdog_s))
+        limits_s: dict[Phase, float] = dict.fromkeys(("start", "step", "validate", "save"), config.watchdog_s)
+        watchdog = stack.enter_context(Watchdog(limits_s))
+        be_patient(limits_s.values())
         world.together(lambda: require_work_for_all(config.batch, world))
         terms = world.together(lambda: loss_terms(config.loss, world.device))
         # One listing for all: a folder that changes in between would be two data sets.
@@ -99,9 +103,11 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         result = config.out / "tokenizer.safetensors"
         if done == config.steps and world.share(result.exists()):
             if world.is_main:
-                print(f"already finished: {result}")
+                log.info("already finished: %s", result)
             return EXIT_FINISHED
-        stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s))
+        write_to(run.logs)
+        log.info(f"{world.size} ranks; rank {world.rank} on {world.device}, process {os.getpid()}")
+        stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s, looks=world.is_main))
         session = Session(run, world, watchdog, stops, ours, config.takeover_s)
         threads = config.threads or max(1, cores() // world.place.local_size)
         if world.device.type == "cpu":
@@ -125,10 +131,11 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
             workers=threads,
             left_out=left_out,
         )
+        world.together(lambda: write_text(run.config, dump(config)) if world.is_main else None)
         if world.is_main:
-            write_text(run.config, dump(config))
-            print(f"resuming after step {done}" if done else "beginning", flush=True)
+            log.info("%s", f"resuming after step {done}" if done else "beginning")
             _announce(config, source, held_out, trainer, pictures.steps_per_epoch)
+        tell(trainer.chosen)
         tracker = stack.enter_context(_tracker(config, world, done))
         feed = Feed(stack.enter_context(closing(pictures.batches(done, config.steps))), 1)
         kept = Kept(states, identity)
@@ -183,7 +190,7 @@ class TokenizerStep:
     votes: Votes
 
 
-class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep]):
+class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep, TokenizerStep]):
     """What the loop does in a training of a tokenizer."""
 
     def __init__(
@@ -197,17 +204,19 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep]):
         kept: Kept,
         tracker: Tracker,
     ) -> None:
-        super().__init__(session, feed, config.steps, config.save_every)
+        super().__init__(session, feed, tracker, config.steps, config.save_every)
         self.config, self.trainer, self.held_out, self.left_out = config, trainer, held_out, left_out
-        self.kept, self.tracker = kept, tracker
-        self.world, self.folder = session.world, session.run.path
+        self.kept, self.world, self.folder = kept, session.world, session.run.path
 
-    def step(self, done: int, batches: Sequence[Pixels]) -> TokenizerStep:
+    def launch(self, done: int, batches: Sequence[Pixels]) -> TokenizerStep:
         (pixels,) = batches
         measured = self.trainer.step(pixels)
         votes = self.session.votes(self.feed, damaged=self.left_out.unshared)
         own = torch.tensor(votes.numbers(), dtype=torch.float64)
         return TokenizerStep(measured, Votes(*map(int, self.world.sum(own))))
+
+    def result(self, launched: TokenizerStep) -> TokenizerStep:
+        return launched
 
     def record(self, done: int, result: TokenizerStep, watch: Stopwatch) -> None:
         if due(done, self.config.log_every) or done == self.last_step:
@@ -227,27 +236,29 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep]):
 
     def list_damaged(self, new: dict[str, str]) -> None:
         for path, reason in new.items():
-            print(f"left out {path}: {reason}", flush=True)
+            log.warning("left out %s: %s", path, reason)
         write_left_out(self.folder / LEFT_OUT, self.left_out.reasons)
 
-    def look(self, done: int, *, ending: bool) -> float | None:
-        """Quality on held-out pictures, and some of them to look at."""
-        if not ending and not due(done, self.config.validate_every):
-            return None
-        self.session.watchdog.feed()
-        quality = self.trainer.quality(self.held_out.own)
-        self.tracker.write("val", done, **asdict(quality))
+    def looks_due(self, done: int) -> set[str]:
+        return {"val", "sample"} if done == self.last_step or due(done, self.config.validate_every) else set()
+
+    def look(self, done: int, looks: set[str]) -> None:
+        """Quality on held-out pictures, and some of them to look at; not being able to draw them is told."""
+        self.session.watchdog.feed("validate")
+        self.tracker.write("val", done, **asdict(self.trainer.quality(self.held_out.own)))
         name = f"{self.session.run.samples.name}/step-{done:09d}.png"
-        self.world.together(lambda: self.draw(self.folder / name) if self.world.is_main else None)
-        self.tracker.write("sample", done, file=name)
+        try:
+            self.world.together(lambda: self.draw(self.folder / name) if self.world.is_main else None)
+            self.tracker.write("sample", done, file=name)
+        except Exception as error:
+            log.warning("step %d: no pictures were drawn: %s: %s", done, type(error).__name__, error)
         self.session.watchdog.feed()
-        return quality.l1
 
     def draw(self, path: Path) -> None:
         """A PNG with rows of originals, each above the row of what the tokenizer makes of them."""
         save_png(path, reconstructions(self.held_out.drawn, to_uint8(self.trainer.reconstruct(self.held_out.drawn)[0])))
 
-    def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
+    def save(self, done: int, *, last: bool) -> None:
         """Write the state. Raises WriteError, TrainingError (RemoteError on other ranks)."""
         weights = [*self.trainer.parameters.values(), *self.trainer.vqvae.buffers()]
         require_equal(self.world, weights, f"tokenizer training, step {done}")
@@ -265,7 +276,7 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep]):
         self.draw(self.folder / "reconstructions.png")
         result = self.folder / "tokenizer.safetensors"
         save_tokenizer(result, self.trainer.result)
-        print(f"wrote {result}", flush=True)
+        log.info("wrote %s", result)
 
 
 def reconstructions(originals_NHWC: Pixels, reconstructed_NHWC: Pixels, columns: int = GRID_COLUMNS) -> Pixels:
@@ -332,12 +343,11 @@ def _announce(
     where = "of them measured (none are held out)" if held_out.learned_from else "held out"
     tokens, words = trainer.vqvae.quantizer.pyramid.total, config.geometry.vocab_size
     parameters_millions = sum(parameter.numel() for parameter in trainer.parameters.values()) / 1e6
-    print(
+    log.info(
         f"{len(source.splits['train'])} images of {len(source.classes)} classes, {held_out.total} {where}; "
         f"{config.geometry.image_size} px -> {tokens} tokens of {words} words; {parameters_millions:.2f}M parameters; "
         f"{config.steps} steps of {config.batch} ({config.steps / steps_per_epoch:.1f} epochs)"
-        + (f"; {trainer.world.size} processes" if trainer.world.size > 1 else ""),
-        flush=True,
+        + (f"; {trainer.world.size} processes" if trainer.world.size > 1 else "")
     )
 
 

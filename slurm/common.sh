@@ -22,6 +22,28 @@ if [ -z "${MVAR_PYTHON:-}" ]; then
 fi
 export MVAR_HOME MVAR_PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=$MVAR_CODE${PYTHONPATH:+:$PYTHONPATH}
 
+# What is compiled at the first use is kept on each node's own disk: a shared one would serve every look of every rank, and
+# its locks outlive those who took them. `launch` makes the folder on each node, for this user alone. mvar.run.extensions
+# keeps DeepSpeed's extensions there too.
+export MVAR_CACHE=${MVAR_CACHE:-/tmp/mvar-cache-$(id -u)}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$MVAR_CACHE/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$MVAR_CACHE/inductor}
+
+# GPUs: memory in segments that grow, so that scales of many lengths leave no holes. torch before 2.8 knows the second
+# name alone, and later ones complain of it.
+if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+  case $("$MVAR_PYTHON" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) in
+    1.* | 2.[0-7] | 2.[0-7].*) export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True ;;
+    *) export PYTORCH_ALLOC_CONF=expandable_segments:True ;;
+  esac
+fi
+
+# NCCL's flight recorder: the last collectives of each rank, written down (train.sbatch says where) when one of them
+# fails or a watchdog finds a rank that hangs. Of each pair, the first name is that of newer versions of torch.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-$TORCH_FR_BUFFER_SIZE}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+
 # Since 22.05, srun does not take over the batch job's --cpus-per-task by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
@@ -30,6 +52,16 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ] && times=$(timeout 30 squeue -h -j "$JOB" -o
   if began=$(date -d "${times% *}" +%s 2>/dev/null); then export SLURM_JOB_START_TIME=$began; fi
   if ends=$(date -d "${times#* }" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$ends; fi
 fi
+
+# What each task runs in front of its command. Compiled code that somebody else may have put there is not to be run.
+# shellcheck disable=SC2016
+TASK='trap "" USR1
+(umask 077; mkdir -p "$MVAR_CACHE")
+if ! [ -O "$MVAR_CACHE" ]; then
+  echo "MVAR_CACHE=$MVAR_CACHE on $(hostname): cannot be made, or is not yours. Set MVAR_CACHE in site.env." >&2
+  exit 2
+fi
+cd "$1" && shift && exec "$@"'
 
 # launch [SRUN OPTIONS] -- COMMAND...: the job's tasks, in the site's container if it has one. If one fails, all end.
 # They run in this folder, also where a container begins in another. USR1 is ignored until the command listens for it, so
@@ -42,7 +74,7 @@ launch() {
   done
   shift
   # shellcheck disable=SC2016,SC2086
-  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c 'trap "" USR1; cd "$1" && shift && exec "$@"' mvar "$PWD" "$@"
+  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c "$TASK" mvar "$PWD" "$@"
 }
 
 # examine ARGUMENTS...: writes what the job's first node has into the log, as `mvar doctor` sees it where the tasks will

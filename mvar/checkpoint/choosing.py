@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvar.checkpoint.record import CheckpointRecord
 from mvar.errors import CheckpointError
 from mvar.files.disk import discard_folder
+from mvar.log import log
 from mvar.run.names import folder_of, steps_in
 from mvar.run.world import World
 
@@ -36,7 +36,7 @@ def problem_of(folder: Path, *, digests: bool = True, share: tuple[int, int] = (
 
 
 def _warn(_: Path, problem: str) -> None:
-    print(f"mvar: WARNING: damaged checkpoint passed over: {problem}", file=sys.stderr)
+    log.warning("damaged checkpoint passed over: %s", problem)
 
 
 def choose(checkpoints: Path, world: World, *, trust_sizes: bool = False) -> Path | None:
@@ -52,7 +52,7 @@ def choose(checkpoints: Path, world: World, *, trust_sizes: bool = False) -> Pat
     def damaged(folder: Path, text: str) -> None:
         if world.is_main:
             aside = _set_aside(folder, "damaged")
-            print(f"mvar: WARNING: damaged checkpoint set aside as {aside.name}: {text}", file=sys.stderr)
+            log.warning("damaged checkpoint set aside as %s: %s", aside.name, text)
 
     return newest_good(checkpoints, world.share(steps_in(checkpoints)), problem, damaged)
 
@@ -108,7 +108,7 @@ def retain(checkpoints: Path, *, last: int, every: int = 0, best: bool = False) 
             if step not in kept:
                 discard_folder(folder_of(checkpoints, step))
     except OSError as error:  # Too many checkpoints are no reason to end a training.
-        print(f"mvar: WARNING: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)
+        log.warning("an old checkpoint cannot be removed: %s", error)
 
 
 def _best_of(checkpoints: Path, steps: list[int]) -> set[int]:

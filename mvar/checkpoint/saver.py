@@ -10,11 +10,10 @@ waits for the one before. The buffer is allocated once, so memory does not grow.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -23,10 +22,13 @@ from torch import Tensor
 
 from mvar.checkpoint.partition import Partition
 from mvar.checkpoint.record import Identity, Progress
-from mvar.checkpoint.saving import Draft
+from mvar.checkpoint.saving import Draft, note_validation
 from mvar.config import CheckpointConfig
-from mvar.errors import CheckpointError, WriteError
+from mvar.errors import CheckpointError, MvarError, WriteError
+from mvar.log import Chosen, log
+from mvar.run.names import folder_of
 from mvar.run.world import RemoteError, World
+from mvar.threads import helper
 
 SNAPSHOT_SHARE = 0.5
 """A machine's snapshots may take this share of the memory that is available."""
@@ -67,11 +69,16 @@ class Saver:
         settings: CheckpointConfig,
         sync_records: Callable[[], None] = lambda: None,
     ) -> None:
-        """`sync_records`: called on rank 0 first; if it raises WriteError, the save has failed."""
+        """By all ranks together. `sync_records`: called on rank 0 first; if it raises WriteError, the save failed."""
         self._checkpoints, self._partition, self._world, self._identity = checkpoints, partition, world, identity
         self._settings, self._sync_records = settings, sync_records
         self._buffer: Tensor | None = None
-        self._background: bool | None = None if settings.background == "auto" else False
+        without = self._ranks_without_room() if settings.background == "auto" else 0
+        self._background = settings.background == "auto" and not without
+        self.chosen = Chosen("saving", "while training goes on" if self._background else "training waits")
+        """How checkpoints are written."""
+        if without:
+            self.chosen = replace(self.chosen, reason=f"{without} ranks lack memory for a snapshot", slow=True)
         self._flight: _Flight | None = None
 
     @property
@@ -92,12 +99,11 @@ class Saver:
         failed = self._attempt(flight, lambda: draft.begin(self._sync_records), last)
         if failed is not None:
             return [*settled, failed]
-        if last or not self._fits():
+        if last or not self._background:
             draft.write(values for _, _, values in self._partition.blocks())
             return [*settled, self._commit(flight, began, last=last)]
         values = self._snapshot()
-        flight.thread = threading.Thread(target=draft.write, args=(values,), name="mvar-checkpoint", daemon=True)
-        flight.thread.start()
+        flight.thread = helper(lambda: draft.write(values), "mvar-checkpoint")
         flight.stall_s = time.perf_counter() - began
         self._flight = flight
         return settled
@@ -110,6 +116,20 @@ class Saver:
         since = time.perf_counter()
         flight.thread.join()
         return [self._commit(flight, since)]
+
+    def validated(self, step: int, loss: float) -> None:
+        """The validation loss of a step that was or is being saved, for its checkpoint. A failure does no harm."""
+        if not self._world.is_main:
+            return
+        if self._flight is not None and self._flight.step == step:
+            self._flight.draft.validated(loss)
+            return
+        folder = folder_of(self._checkpoints, step)
+        if folder.is_dir():
+            try:
+                note_validation(folder, loss)
+            except MvarError as error:
+                log.warning("%s: its validation loss %.4f is not noted: %s", folder.name, loss, error)
 
     def _commit(self, flight: _Flight, since: float, *, last: bool = False) -> Saved:
         """`since`: from when on training has been waiting for this."""
@@ -129,21 +149,16 @@ class Saver:
             if last or not expected or self._settings.on_failure == "stop":
                 raise
             if self._world.is_main:
-                print(f"mvar: WARNING: step {flight.step} was not saved: {error}", file=sys.stderr, flush=True)
+                log.warning("step %d was not saved: %s", flight.step, error)
             seconds = time.perf_counter() - flight.began
             return Saved(flight.step, seconds, flight.stall_s, str(error))
         return None
 
-    def _fits(self) -> bool:
-        """Whether every machine has room for its ranks' snapshots. Decided once, by all ranks alike."""
-        if self._background is None:
-            needed = self._partition.bytes_owned * self._world.place.local_size
-            room = needed <= SNAPSHOT_SHARE * available_memory()
-            without = int(self._world.sum(torch.tensor([int(not room)]))[0])
-            self._background = without == 0
-            if without and self._world.is_main:
-                print(f"checkpoints stop the training: {without} ranks lack memory for a snapshot", flush=True)
-        return self._background
+    def _ranks_without_room(self) -> int:
+        """How many ranks are on machines that have no room for the snapshots of theirs."""
+        needed = self._partition.bytes_owned * self._world.place.local_size
+        room = needed <= SNAPSHOT_SHARE * available_memory()
+        return int(self._world.sum(torch.tensor([int(not room)]))[0])
 
     def _snapshot(self) -> list[Tensor]:
         if self._buffer is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from mvar.checkpoint.partition import WEIGHT, Partition, Piece
 from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, CheckpointRecord, Identity, Progress, key_of
 from mvar.checkpoint.tensors import FileRecord, write_tensors
 from mvar.errors import CheckpointError
-from mvar.files.disk import cannot_write, publish_folder, synced
+from mvar.files.disk import cannot_write, publish_folder, synced, write_text
 from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.settings import dump
@@ -115,9 +115,20 @@ class Draft:
             return error
         return None
 
+    def validated(self, loss: float) -> None:
+        """Before `commit`: the validation loss of this step, for its record."""
+        self._progress = replace(self._progress, validation_loss=loss)
+
     def abandon(self) -> None:
         if self._world.is_main:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def note_validation(folder: Path, loss: float) -> None:
+    """Write the validation loss of its step into the record of a checkpoint that exists. Raises MvarError."""
+    record = CheckpointRecord.read(folder)
+    record = record.model_copy(update={"progress": replace(record.progress, validation_loss=loss)})
+    write_text(folder / RECORD, record.text())
 
 
 def save(checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity) -> Path:

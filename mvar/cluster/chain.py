@@ -45,6 +45,7 @@ from mvar.cluster.decisions import (
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError, WriteError
 from mvar.files import json_lines
 from mvar.files.disk import place
+from mvar.log import log
 from mvar.run.history import History
 from mvar.run.names import newest_step
 
@@ -62,7 +63,8 @@ class Logs:
     """RUN/logs: what the jobs of a run said, the record of their starts, and the nodes to avoid.
 
     train.log           everything that the scripts and rank 0 say, of all jobs
-    JOB/rank-000.log    one for each rank, appended to when the job starts again
+    rank-00003.log      what rank 3 said, of all jobs (mvar.log)
+    JOB/rank-000.log    stdout and stderr of one rank, appended to when the job starts again
     JOB/srun-R.log      what srun said of its R-th restart
     latest              link to the newest JOB
     chain.jsonl         every start and its end
@@ -175,7 +177,7 @@ class Slurm:
 
 
 def say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} chain: {text}", flush=True)
+    log.info("chain: %s", text)
 
 
 def exclude_repeaters(logs: Logs, attempts: Sequence[Attempt], limits: Limits, evidence: Blame) -> None:

@@ -27,7 +27,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from mvar.ds_config import find_template
 from mvar.errors import MvarError
 from mvar.files.disk import sha256_of, sync_folder, synced, tree_digest
 from mvar.files.remote import is_url
+from mvar.log import log
 from mvar.settings import S, dump, flat, load
 
 SOURCE = shipped.CODE
@@ -249,8 +249,7 @@ def _differences(args: argparse.Namespace) -> list[str]:
 def _tell(run: Path, differences: list[str]) -> None:
     if differences:
         lines = "".join(f"\n  {line}" for line in differences)
-        text = f"mvar: {run / NAME} is used as it is. What lies here now differs:{lines}\n--resnapshot takes it over."
-        print(text, file=sys.stderr, flush=True)
+        log.warning(f"{run / NAME} is used as it is. What lies here now differs:{lines}\n--resnapshot takes it over.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
+
+from mvar.threads import helper
 
 T = TypeVar("T")
 
@@ -31,8 +34,7 @@ def read_ahead(batches: Iterator[T], depth: int = 2) -> Generator[T, None, None]
         except BaseException as error:  # Handed to the reader, who raises it.
             put(error)
 
-    thread = threading.Thread(target=run, name="mvar-read-ahead", daemon=True)
-    thread.start()
+    thread = helper(run, "mvar-read-ahead")
     try:
         while True:
             item = ready.get()
@@ -45,23 +47,25 @@ def read_ahead(batches: Iterator[T], depth: int = 2) -> Generator[T, None, None]
 
 
 class Feed(Generic[T]):
-    """Hands out each step's micro-batches, one step ahead of their use.
+    """Hands out each step's micro-batches, `ahead` steps ahead of their use.
 
     So an error of reading (a damaged shard on one node) can be put to the vote of all ranks before any of them waits
-    for the others in the step that lacks its data.
+    for the others in the step that lacks its data: with 1 where votes are counted at once, 2 where a step later.
     """
 
-    def __init__(self, stream: Iterator[T], accumulation: int) -> None:
+    def __init__(self, stream: Iterator[T], accumulation: int, ahead: int = 1) -> None:
         self._stream, self._accumulation = stream, accumulation
         self.error: Exception | None = None
-        """Why the next step's batches are missing."""
-        self._ahead = self._read()
+        """Why batches of a step to come are missing."""
+        self._ahead = deque(self._read() for _ in range(ahead))
 
     def take(self) -> list[T]:
-        batches, self._ahead = self._ahead, self._read()
-        return batches
+        self._ahead.append(self._read())
+        return self._ahead.popleft()
 
     def _read(self) -> list[T]:
+        if self.error is not None:
+            return []
         try:
             return [next(self._stream) for _ in range(self._accumulation)]
         except Exception as error:

@@ -26,6 +26,9 @@ from mvar.model.kernels.precision import HALF, Linear, linear, no_autocast, wide
 MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
 INITIAL_LOG_SCALE = math.log(4.0)
+HOPPER = 9
+"""Major compute capability that our own kernels are made for: before, registers are too few; after, Triton 3.7.1 cannot
+compile one of them."""
 
 
 def varlen_layout(lengths: Sequence[int], batch: int) -> tuple[list[int], int]:
@@ -59,12 +62,8 @@ class ScaleAttention(nn.Module):
         self.l2_norm = l2_norm
         self.backend = backend
         self.softmax_scale = 1.0 if l2_norm else 0.25 / math.sqrt(width // heads)
-        if backend in _PACKED:
-            _packed(backend)
-        if backend == "triton":
-            load(_triton).require(
-                "model.attention_backend=triton", "Install triton, or use model.attention_backend=auto."
-            )
+        if backend in _KERNELS:
+            _kernel(backend)
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), INITIAL_LOG_SCALE))
         self.q_bias = nn.Parameter(torch.zeros(width))
@@ -89,69 +88,54 @@ class ScaleAttention(nn.Module):
         if self.l2_norm:
             scale_H = self.scale_mul_1H11.to(wide(dtype)).clamp_max(MAX_LOG_SCALE).exp().flatten()
         if chosen == "triton":
-            attend = load(_triton).require("model.attention_backend=triton", "Install triton.")
-            return cast(Tensor, attend(qkv_BL3HD, scale_H, lengths, self.softmax_scale, fused.UNIT_FLOOR))
+            return _kernel(chosen)(qkv_BL3HD, scale_H, lengths, self.softmax_scale, fused.UNIT_FLOOR)
         if scale_H is not None:
             q_BLHD, k_BLHD, v_BLHD = fused.unit_heads(qkv_BL3HD, scale_H.view(-1, 1), dtype)
         else:
             q_BLHD, k_BLHD, v_BLHD = qkv_BL3HD.to(dtype).unbind(2)
         if chosen == "sdpa":
             return _attend_sdpa(q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
-        return _attend_packed(_packed(chosen), q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
+        return _attend_packed(_kernel(chosen), q_BLHD, k_BLHD, v_BLHD, lengths, self.softmax_scale)
 
 
 @lru_cache(maxsize=64)
 def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, head_width: int) -> Choice:
-    """The kernels for q, k and v of that kind: `auto` takes one call for all scales where it can.
-
-    On Hopper our own come first: with q/k norm they took 1.4 ms where torch's took 2.3 (docs/gpu.md), and they repeat
-    bit for bit. Elsewhere torch's own come first.
+    """The kernels for q, k and v of that kind: `auto` takes one call for all scales where it can, the fastest first.
 
     Raises BackendError where kernels are asked for by name that cannot take these tensors.
     """
     if backend == "sdpa":
         return Choice("sdpa")
-    unfit = _unfit(dtype, device, head_width)
-    if backend == "triton":
-        unfit = unfit or _unfit_for_ours(device)
     if backend != "auto":
-        if unfit:
+        if unfit := _unfit(backend, dtype, device, head_width):
             raise BackendError(
                 f"model.attention_backend={backend}: {unfit}. Use engine.precision=bf16 on a GPU, or"
                 " model.attention_backend=auto."
             )
-        if backend != "triton":
-            _packed(backend)
+        _kernel(backend)
         return Choice(backend)
-    if not unfit and not _unfit_for_ours(device) and not load(_triton).problem:
-        return Choice("triton")
-    problems = [unfit] if unfit else []
-    for name, importer in ({} if unfit else _PACKED).items():
-        if not (problem := load(importer).problem):
+    problems = []
+    for name, importer in _KERNELS.items():
+        problem = _unfit(name, dtype, device, head_width) or load(importer).problem
+        if not problem:
             return Choice(name)
         problems.append(problem)
-    return Choice("sdpa", " and ".join(problems))
+    return Choice("sdpa", " and ".join(dict.fromkeys(problems)))
 
 
-def _unfit(dtype: torch.dtype, device: torch.device, head_width: int) -> str:
-    """Why kernels for packed sequences cannot take such tensors; empty if they can."""
+def _unfit(name: str, dtype: torch.dtype, device: torch.device, head_width: int) -> str:
+    """Why kernels that take all scales at once cannot take such tensors; empty if they can."""
     if device.type != "cuda":
-        return f"kernels for packed sequences need a GPU, and tensors are on {device}"
+        return f"kernels for all scales at once need a GPU, and tensors are on {device}"
     if dtype not in HALF:
-        return f"kernels for packed sequences need bf16 or fp16, and tensors are {dtype}".replace("torch.", "")
+        return f"kernels for all scales at once need bf16 or fp16, and tensors are {dtype}".replace("torch.", "")
     if head_width % 8 or head_width > 256:
-        return (
-            f"kernels for packed sequences need heads of a multiple of 8 up to 256 channels, and they have {head_width}"
-        )
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"kernels for packed sequences need compute capability 8.0, and {device} has less"
-    return ""
-
-
-def _unfit_for_ours(device: torch.device) -> str:
-    """Why our kernels are not for this GPU; empty if they are."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"our kernels are made for compute capability 9 (Hopper), and {device} has another"
+        return f"kernels for all scales at once need heads of a multiple of 8 up to 256 channels, got {head_width}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"kernels for all scales at once need compute capability 8.0, and {device} has less"
+    if name == "triton" and capability[0] != HOPPER:
+        return f"our own kernels are made for compute capability {HOPPER} (Hopper), and {device} has another"
     return ""
 
 
@@ -214,9 +198,6 @@ def _flash_attn() -> PackedAttention:
     return attend
 
 
-_PACKED: dict[str, Callable[[], PackedAttention]] = {"varlen": _torch_varlen, "flash": _flash_attn}
-
-
 def _triton() -> Callable[..., Tensor]:
     """Our own kernels: q/k norm and attention in one."""
     from mvar.model.kernels.scale_attention_triton import attend
@@ -224,11 +205,22 @@ def _triton() -> Callable[..., Tensor]:
     return attend
 
 
-def _packed(name: str) -> PackedAttention:
-    advice = {"varlen": "It needs torch 2.11 or newer", "flash": "Install flash-attn as requirements-gpu.txt says"}[
-        name
-    ]
-    found = load(_PACKED[name]).require(
-        f"model.attention_backend={name}", f"{advice}, or use model.attention_backend=auto."
+_KERNELS: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "triton": _triton,
+    "varlen": _torch_varlen,
+    "flash": _flash_attn,
+}
+"""In the order in which `auto` tries them. With q/k norm, forward and backward for 64 images of 680 tokens and 16 heads
+in bf16 on an H200: 1.4 ms, 2.3 ms, not measured; one call a scale 2.5 ms."""
+_ADVICE = {
+    "triton": "Install triton",
+    "varlen": "It needs torch 2.11 or newer",
+    "flash": "Install flash-attn as requirements-gpu.txt says",
+}
+
+
+def _kernel(name: str) -> Callable[..., Tensor]:
+    found = load(_KERNELS[name]).require(
+        f"model.attention_backend={name}", f"{_ADVICE[name]}, or use model.attention_backend=auto."
     )
-    return cast(PackedAttention, found)
+    return cast(Callable[..., Tensor], found)

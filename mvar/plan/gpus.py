@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from mvar.errors import ConfigError
 
@@ -20,6 +21,8 @@ class Gpu:
     """Dense matmuls with fp32 accumulation, 10^12 operations a second."""
     also: tuple[str, ...] = ()
     """Words that `torch.cuda.get_device_name` may have for it, all of them together."""
+    mig_slices: int = 7
+    """Parts that its multiprocessors can be divided into."""
 
     @property
     def usable_bytes(self) -> int:
@@ -30,9 +33,14 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("v100-32gb", 32, 125, ("v100", "32gb")),  # fp16: it has no bf16.
+        Gpu("v100-16gb", 16, 125, ("v100", "16gb")),  # fp16: it has no bf16.
+        Gpu("v100-32gb", 32, 125, ("v100", "32gb")),
         Gpu("a10-24gb", 24, 125, ("a10",)),
+        Gpu("a30-24gb", 24, 165, ("a30",), mig_slices=4),
+        Gpu("a40-48gb", 48, 150, ("a40",)),
+        Gpu("rtxa6000-48gb", 48, 155, ("a6000",)),
         Gpu("l4-24gb", 24, 121, ("l4",)),
+        Gpu("l40-48gb", 48, 181, ("l40",)),
         Gpu("l40s-48gb", 48, 362, ("l40s",)),
         Gpu("rtx4090-24gb", 24, 165, ("4090",)),
         Gpu("rtx6000ada-48gb", 48, 364, ("6000", "ada")),
@@ -40,6 +48,8 @@ GPUS = {
         Gpu("a100-80gb", 80, 312, ("a100", "80gb")),
         Gpu("h100-80gb", 80, 989, ("h100",)),
         Gpu("h100-pcie-80gb", 80, 756, ("h100", "pcie")),
+        Gpu("h100-nvl-94gb", 94, 835, ("h100", "nvl")),
+        Gpu("h20-96gb", 96, 148, ("h20",)),
         Gpu("h200-141gb", 141, 989, ("h200",)),
         Gpu("gh200-96gb", 96, 989, ("gh200",)),
         Gpu("b200-192gb", 192, 2250, ("b200",)),
@@ -57,8 +67,20 @@ def find_gpu(name: str) -> Gpu:
     return gpu
 
 
+_MIG = re.compile(r" mig (?:(?P<compute>\d+)c\.)?(?P<slices>\d+)g\.(?P<memory_gib>\d+)gb")
+
+
 def recognise(device_name: str) -> Gpu | None:
-    """The GPU that torch calls so, such as "NVIDIA A100-SXM4-80GB"; None if it is none of ours."""
-    words = set(device_name.lower().replace("-", " ").split())
+    """The GPU that torch calls so, such as "NVIDIA A100-SXM4-80GB"; None if it is none of ours.
+
+    A slice, such as "NVIDIA A100-SXM4-40GB MIG 3g.20gb", is its share of the whole one.
+    """
+    said = device_name.lower()
+    words = set(_MIG.sub("", said).replace("-", " ").split())
     fitting = [gpu for gpu in GPUS.values() if gpu.also and set(gpu.also) <= words]
-    return max(fitting, key=lambda gpu: len(gpu.also), default=None)
+    whole = max(fitting, key=lambda gpu: len(gpu.also), default=None)
+    if whole is None or not (mig := _MIG.search(said)):
+        return None if whole is None or "mig" in words else whole
+    share = int(mig["compute"] or mig["slices"]) / whole.mig_slices
+    name = f"{whole.name}-mig-{mig[0].removeprefix(' mig ')}"
+    return replace(whole, name=name, memory_gib=int(mig["memory_gib"]), bf16_tflops=whole.bf16_tflops * share)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from mvar.cli import show_error
 from mvar.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_USER_ERROR, MvarError
+from mvar.log import log, rank_hint
 from mvar.run import world as worlds
-from mvar.run.launcher import rank_hint
 from mvar.run.world import RemoteError, World
 
 C = TypeVar("C")
@@ -35,17 +34,23 @@ def run_training(prepare: Callable[[], C | None], join: Callable[[C], World], tr
     if world.size == 1:
         try:
             return train(config, world)
+        except MvarError:
+            raise
+        except Exception:
+            log.critical("this process fails", exc_info=True)
+            return EXIT_FAULT
         finally:
             worlds.finish()
     try:
         code = train(config, world)
     except RemoteError as error:
+        log.warning("%s", error)
         code = EXIT_USER_ERROR if error.expected else EXIT_FAULT
     except MvarError as error:
         code = show_error(error)
     except Exception:
         # At once and without goodbyes: the other ranks learn of it when this one is gone.
-        traceback.print_exc()
+        log.critical("this rank fails", exc_info=True)
         _end(EXIT_FAULT)
     worlds.finish()
     return _end(code)

@@ -23,6 +23,7 @@ import torch
 
 from mvar import shipped
 from mvar.files.disk import host_name
+from mvar.log import log
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 QUIET_S = 600.0
@@ -41,13 +42,17 @@ def prepare(environ: MutableMapping[str, str], quiet_s: float = QUIET_S) -> None
 def default_folder(environ: Mapping[str, str]) -> Path:
     """A folder for this Python, torch, CPU (extensions are compiled for its instructions) and user.
 
-    In `.cache` of the checkout (of MVAR_HOME in a Slurm job, whose code is a copy), else in the user's cache, else in
-    the temporary folder: the first that can be written.
+    In MVAR_CACHE (in a Slurm job, on the node's own disk), else in `.cache` of the checkout (of MVAR_HOME where the
+    code is a job's copy), else in the user's cache, else in the temporary folder: the first that can be written.
     """
     user_cache = Path(environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mvar"
     checkout = environ.get("MVAR_HOME") or (None if shipped.INSTALLED else shipped.CODE)
     caches = [user_cache, Path(tempfile.gettempdir()) / f"mvar-{_user()}"]
-    for cache in caches if checkout is None else [Path(checkout) / ".cache", *caches]:
+    if checkout is not None:
+        caches.insert(0, Path(checkout) / ".cache")
+    if environ.get("MVAR_CACHE"):
+        caches.insert(0, Path(environ["MVAR_CACHE"]))
+    for cache in caches:
         folder = cache / "torch_extensions" / _build()
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,14 +71,14 @@ def free_locks(folder: Path, quiet_s: float = QUIET_S) -> None:
         told = False
         while _is_dead(lock, quiet_s) is None:
             if not told:
-                _say(f"{lock}: another machine seems to compile there; it is waited for until it is silent.")
+                log.warning("%s: another machine seems to compile there; it is waited for until it is silent.", lock)
             told = True
             time.sleep(1.0)
         with _one_at_a_time(folder):
             if _is_dead(lock, quiet_s):
                 with contextlib.suppress(OSError):
                     lock.unlink()
-                    _say(f"{lock}: left by a compile of {lock.parent.name} that was killed; removed.")
+                    log.warning("%s: left by a compile of %s that was killed; removed.", lock, lock.parent.name)
 
 
 def _is_dead(lock: Path, quiet_s: float) -> bool | None:
@@ -138,7 +143,3 @@ def _cpu() -> str:
         text = platform.processor()
     known = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return hashlib.sha256((known[1] if known else platform.processor()).encode()).hexdigest()[:8]
-
-
-def _say(text: str) -> None:
-    print(f"mvar: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ config.yaml       the resolved configuration of the last start
 metrics.jsonl     every measurement (see mvar.run.tracking)
 checkpoints/      step-000000123/ ... (see mvar.checkpoint.record)
 samples/          grids of pictures
+logs/             under Slurm, what each rank says (see mvar.log); of a chain of jobs, see mvar.cluster.chain
 STOP              made by a user: save, stop with exit code 75; removed when heeded
 FINISHED          made at the end: the same command has nothing left to do
 history.jsonl     every start of this run and how it ended (see mvar.run.history)
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from mvar.errors import CheckpointError, TrainingError
 from mvar.files.disk import write_text
+from mvar.log import log
 from mvar.run.claims import Claims, claim_path
 from mvar.run.names import CLAIM, remove_leftovers
 
@@ -39,6 +41,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.logs = path / "logs"
         self.stop_file = path / "STOP"
         self.finished = path / "FINISHED"
 
@@ -76,7 +79,7 @@ class RunFolder:
                         " folder."
                     )
                 if not here and not told:
-                    print(f"{self.path}: {holder} had this run; waiting for a sign of its life.", flush=True)
+                    log.info("%s: %s had this run; waiting for a sign of its life.", self.path, holder)
                     told = True
             time.sleep(0.1)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 
 from mvar.errors import EXIT_FAULT, EXIT_USER_ERROR, MvarError
 from mvar.files import json_lines
+from mvar.log import log
 
 NAME = "history.jsonl"
 
@@ -109,7 +109,7 @@ class History:
         try:
             json_lines.append(self.path, entry)
         except OSError as error:  # A full disk: no reason to end a training.
-            print(f"mvar: WARNING: {self.path}: {error}; not noted: {entry}", file=sys.stderr, flush=True)
+            log.warning("%s: %s; not noted: %s", self.path, error, entry)
 
     def starts(self) -> list[Start]:
         """All starts, oldest first. Lines torn by a kill are passed over."""

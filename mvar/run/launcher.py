@@ -41,12 +41,6 @@ class Place:
             )
 
 
-def rank_hint(environ: Mapping[str, str]) -> int:
-    """Our rank, before anything is checked: good enough to decide who speaks."""
-    text = environ.get("RANK") or environ.get("SLURM_PROCID") or "0"
-    return int(text) if text.isdigit() else 0
-
-
 def detect(environ: Mapping[str, str]) -> Place:
     """Read the launcher's variables. Raises ConfigError where they are incomplete or contradict each other."""
     named = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ]

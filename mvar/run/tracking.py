@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ import torch
 from mvar.config import TrackingConfig
 from mvar.files.disk import cannot_write, write_text
 from mvar.files.json_lines import JsonRecord
+from mvar.log import log
 
 
 class Sink(Protocol):
@@ -65,7 +65,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        cut_after(path, resumed_step)
+        self.kinds = {record["kind"] for record in cut_after(path, resumed_step) if record["step"] == resumed_step}
+        """What was recorded of the step that the run goes on from."""
         self._file = path.open("ab", buffering=0)
         self._waiting: list[bytes] = []
 
@@ -75,7 +76,7 @@ class JsonLines:
             self._flush()
         except OSError as error:
             if len(self._waiting) == 1:
-                print(f"mvar: WARNING: {self._file.name}: {error}; records wait.", file=sys.stderr, flush=True)
+                log.warning("%s: %s; records wait.", self._file.name, error)
 
     def _flush(self) -> None:
         end = self._file.seek(0, os.SEEK_END)
@@ -100,22 +101,24 @@ class JsonLines:
         try:
             self._flush()
         except OSError:  # Of steps since the last checkpoint: they will be done again.
-            print(f"mvar: WARNING: {len(self._waiting)} last records are lost: no room.", file=sys.stderr, flush=True)
+            log.warning("%d last records are lost: no room.", len(self._waiting))
         self._file.close()
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Drop records beyond `step`, and lines torn by a kill. Complete or unchanged."""
+def cut_after(path: Path, step: int) -> list[JsonRecord]:
+    """Drop records beyond `step`, and lines torn by a kill; gives the others. Complete or unchanged."""
     if not path.is_file():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and (record := json.loads(line))["step"] <= step:
                 kept.append(line)
+                records.append(record)
         except (ValueError, KeyError, TypeError):
             continue
     write_text(path, "".join(kept))
+    return records
 
 
 class Console:
@@ -127,7 +130,7 @@ class Console:
     def write(self, record: JsonRecord) -> None:
         text = self._lines(record)
         if text is not None:
-            print(text, flush=True)
+            log.info("%s", text)
 
     def close(self) -> None:
         pass
@@ -237,7 +240,7 @@ class Guarded:
             action()
         except Exception as error:
             self._sink = None
-            print(f"mvar: {self._name} failed and is off from here: {error}", file=sys.stderr, flush=True)
+            log.warning("%s failed and is off from here: %s", self._name, error)
 
 
 class Tracker:
@@ -274,6 +277,11 @@ class Tracker:
         for sink in self._sinks:
             sink.write(record)
 
+    @property
+    def resumed(self) -> set[str]:
+        """Kinds of records that there were of the step that the run goes on from. On rank 0."""
+        return self._lines.kinds if self._lines is not None else set()
+
     def sync(self) -> None:
         if self._lines is not None:
             self._lines.sync()
@@ -294,10 +302,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds since it was made, and how many of them were spent waiting."""
+    """Seconds from when it was made until it is stopped, and how many of them were spent waiting."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
+        self._end: float | None = None
         self.waited_s = 0.0
 
     @contextmanager
@@ -306,5 +315,8 @@ class Stopwatch:
         yield
         self.waited_s += time.perf_counter() - since
 
+    def stop(self) -> None:
+        self._end = time.perf_counter()
+
     def seconds(self) -> float:
-        return time.perf_counter() - self._begin
+        return (time.perf_counter() if self._end is None else self._end) - self._begin

@@ -5,21 +5,54 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from mvar.config import DeviceChoice
 from mvar.errors import BackendError, ConfigError, MvarError
+from mvar.log import log
 from mvar.run import extensions
 from mvar.run.launcher import Place, detect, require_address, require_one_task_per_gpu
 
 T = TypeVar("T")
+
+GRACE = timedelta(minutes=1)
+"""Collectives wait so much longer than the longest watchdog, which has something to say."""
+FOREVER = timedelta(days=30)
+LATECOMERS = timedelta(minutes=30)
+"""The first ranks wait at least so long for the last ones to start: no watchdog looks yet."""
+TRACE = "nccl_trace_rank_"
+"""What NCCL's flight recorder calls its files, without the rank; torch's tools look for it."""
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values`, from the host, on the device: without waiting for what it is busy with, as pageable memory would."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Later:
+    """Numbers on their way from the device to the host."""
+
+    values: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    def get(self) -> Tensor:
+        """On the CPU. Waits for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values
 
 
 @dataclass(frozen=True)
@@ -43,10 +76,25 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, float64, in place on this rank's device; the result is on the CPU, equal everywhere."""
+        return self.sum_later(values).get()
+
+    def sum_later(self, values: Tensor, also: Tensor | None = None) -> Later:
+        """The same without waiting for the device. `also`: numbers that are equal everywhere, to come behind the sums.
+
+        What is computed meanwhile must not touch `values` and `also`, unless they are of another type or device.
+        """
         values = values.to(self.device, torch.float64)
         if self.size > 1:
             dist.all_reduce(values)
-        return values.cpu()
+        if also is not None:
+            values = torch.cat([values, also.to(self.device, torch.float64)])
+        if self.device.type != "cuda":
+            return Later(values)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self.device))
+        return Later(host, arrived)
 
     def gather(self, value: T) -> list[T]:
         """Everybody's object, in the order of ranks, for everybody."""
@@ -93,10 +141,13 @@ class RemoteError(Exception):
         self.expected = expected
 
 
-def start(environ: MutableMapping[str, str] = os.environ, threads: int | None = None) -> World:
+def start(
+    environ: MutableMapping[str, str] = os.environ, threads: int | None = None, start_limit_s: float = 0
+) -> World:
     """Join the other processes through DeepSpeed (NCCL with GPUs, gloo without), choose the device, set CPU threads.
 
-    Raises ConfigError where the launch is wrong. Where compiled DeepSpeed extensions are kept: `mvar.run.extensions`.
+    `start_limit_s`: how long to wait for them, if that is more than half an hour. Raises ConfigError where the launch
+    is wrong. Where compiled DeepSpeed extensions are kept: `mvar.run.extensions`.
     """
     place = detect(environ)
     require_one_task_per_gpu(place, environ)
@@ -111,7 +162,7 @@ def start(environ: MutableMapping[str, str] = os.environ, threads: int | None = 
     if index is not None:
         torch.cuda.set_device(device)
     torch.set_num_threads(threads or max(1, cores() // place.local_size))
-    _join(place, device, environ)
+    _join(place, device, environ, start_limit_s)
     _adopt_by_deepspeed(device)
     return World(place, device)
 
@@ -133,8 +184,39 @@ def join(environ: MutableMapping[str, str] = os.environ, device: DeviceChoice = 
         torch.cuda.set_device(chosen)
     if place.size > 1:
         require_address(place)
-        _join(place, chosen, environ)
+        _join(place, chosen, environ, 0)
     return World(place, chosen)
+
+
+def be_patient(limits_s: Iterable[float]) -> None:
+    """Let collectives of all groups that exist wait longer than a watchdog with any of these limits (0: for ever).
+
+    NCCL's own limit is ten minutes, gloo's thirty, and neither says where the ranks stood. DeepSpeed makes groups of
+    its own: call this after its start.
+    """
+    limits = list(limits_s)
+    patience = max(timedelta(seconds=limit) for limit in limits) + GRACE if all(limits) else FOREVER
+    if dist.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(patience, group)
+
+
+def write_flight_record(folder: Path, rank: int, environ: Mapping[str, str] = os.environ) -> None:
+    """What NCCL's flight recorder knows of the last collectives, in the file where it would put it by itself.
+
+    It does so when a collective fails, but a watchdog that finds a hung rank comes first.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is None:
+        return
+    prefix = environ.get("TORCH_FR_DUMP_TEMP_FILE") or environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    path = Path(f"{prefix or folder / TRACE}{rank}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(dump())
+        log.warning("no progress for long; NCCL's last collectives: %s", path)
+    except Exception as error:  # The stacks come all the same.
+        log.warning("%s: NCCL's last collectives cannot be written: %s", path, error)
 
 
 def choose_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -160,15 +242,18 @@ def _device_index(place: Place, environ: Mapping[str, str]) -> int:
     )
 
 
-def _join(place: Place, device: torch.device, environ: MutableMapping[str, str]) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def _join(place: Place, device: torch.device, environ: MutableMapping[str, str], limit_s: float) -> None:
+    common: dict[str, Any] = {
+        "backend": "nccl" if device.type == "cuda" else "gloo",
+        "timeout": max(timedelta(seconds=limit_s), LATECOMERS),
+        "device_id": device if device.type == "cuda" else None,
+    }
     if place.address is None:
         # Alone, nothing needs a port: two runs on one machine cannot meet by accident.
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(store=HashStore(), rank=0, world_size=1, **common)
     else:
         environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
-        bound = device if device.type == "cuda" else None
-        dist.init_process_group(backend, rank=place.rank, world_size=place.size, device_id=bound)
+        dist.init_process_group(rank=place.rank, world_size=place.size, **common)
 
 
 def _adopt_by_deepspeed(device: torch.device) -> None:

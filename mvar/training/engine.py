@@ -35,9 +35,10 @@ from mvar.model.kernels.arithmetic import Arithmetic
 from mvar.model.mamba2 import DECAYS, Mamba2
 from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.run.loop import Votes
-from mvar.run.world import World
+from mvar.run.world import Later, World, on_device
 from mvar.schedule import Plan, decays
 from mvar.training.objective import Losses, Objective
+from mvar.training.zero_norm import shorten
 
 NO_VOTES = Votes()
 
@@ -69,6 +70,24 @@ class StepResult:
     loss_scale: float | None
     votes: Votes
     """Of all ranks together."""
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that the device may still be busy with. `Engine.result` tells how it went."""
+
+    lr: float
+    weight_decay: float
+    applied: bool
+    loss_scale: float | None
+    scales: int
+    """How many were learned from."""
+    loss_BS: Tensor
+    """This rank's losses, on its device."""
+    indices_B: NDArray[np.int64]
+    """Its samples."""
+    numbers: Later
+    """Sums over ranks: losses and right words of each scale, bad samples, samples, votes; then the gradient's norm."""
 
 
 def build_model(config: TrainConfig, model: ModelConfig) -> MVAR:
@@ -106,7 +125,7 @@ class Engine:
         self._mixers = {name: module for name, module in modules if isinstance(module, Mamba2)}
         self._rates_D = drop_path_rates(model.depth, model.resolved_drop_path)
         self._last: tuple[Tensor, NDArray[np.int64]] | None = None
-        """Losses and samples of this rank's last step."""
+        """Losses and samples of this rank's step that was told of last."""
         self.skipped_steps = 0
 
     def _initialize(self, tree: ds_config.Tree) -> tuple[Any, torch.optim.Optimizer]:
@@ -118,6 +137,7 @@ class Engine:
         devices = dict(ds_config.offloads(tree))
         client = make_optimizer(parameter_groups(model), self.config.optim, self.plan.peak_lr, devices)
         engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=tree)
+        shorten(engine.optimizer)
         return engine, client
 
     @property
@@ -150,13 +170,21 @@ class Engine:
             return
         names = [f"{mixer}.{part}" for mixer in self._mixers for part in DECAYS]
         values = self.partition.gather(names, self.world.device)
-        for mixer, module in self._mixers.items():
-            module.exact_3H = torch.stack([values[f"{mixer}.{part}"] for part in DECAYS])
+        exact_D3H = torch.cat(list(values.values())).view(len(self._mixers), len(DECAYS), -1)
+        for module, exact_3H in zip(self._mixers.values(), exact_D3H, strict=True):
+            module.exact_3H = exact_3H
 
     def step(self, step: int, batches: Sequence[Batch], votes: Votes = NO_VOTES) -> StepResult:
-        """One optimizer step, number `step` (0-based), over this rank's micro-batches.
+        """One optimizer step, number `step` (0-based), and how it went: `launch`, then `result`."""
+        return self.result(self.launch(step, batches, votes))
+
+    def launch(self, step: int, batches: Sequence[Batch], votes: Votes = NO_VOTES) -> LaunchedStep:
+        """One optimizer step, number `step` (0-based), over this rank's micro-batches, without waiting for its numbers.
 
         `votes`: this rank's, counted over ranks at no extra cost.
+
+        One read of the device remains, in the middle of the step: DeepSpeed (stage 0: `_update`) has to know whether
+        the gradient is finite before it updates. All else is read by `result`, while the next step is under way.
         """
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
@@ -172,10 +200,18 @@ class Engine:
             self._publish_decays()
         if applied and self.config.optim.ema_decay:
             self.partition.average(self.config.optim.ema_decay)
-        averages, bad, counts = self._agree(found, batches, votes, self.plan.curriculum_at(step).scales)
         self.skipped_steps += not applied
-        scale = float(self._scaler.cur_scale) if self._scaler is not None else None
-        return StepResult(averages, grad_norm, lr, weight_decay, not applied, bad, scale, counts)
+        loss_BS = torch.cat([losses.loss_BS for losses in found])
+        return LaunchedStep(
+            lr,
+            weight_decay,
+            applied,
+            loss_scale=float(self._scaler.cur_scale) if self._scaler is not None else None,
+            scales=self.plan.curriculum_at(step).scales,
+            loss_BS=loss_BS,
+            indices_B=np.concatenate([batch.indices_B for batch in batches]),
+            numbers=self._sum(loss_BS, torch.cat([losses.correct_BS for losses in found]), votes, grad_norm),
+        )
 
     def _set_rates(self, step: int) -> tuple[float, float]:
         lr, weight_decay = self.plan.lr(step), self.plan.decay(step)
@@ -193,10 +229,10 @@ class Engine:
             drop_path_DGB = torch.from_numpy(randomness.drop_path(seed, step, batch.positions_B, self._rates_D))
         return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB, self.plan.curriculum_at(step))
 
-    def _update(self) -> tuple[float | None, bool]:
+    def _update(self) -> tuple[Tensor | float, bool]:
         """Clip and step, unless the gradient is not finite: its norm, and whether the update was made.
 
-        With ZeRO, DeepSpeed decides so on its own, from the norm over all ranks.
+        With ZeRO, DeepSpeed decides so on its own, from the norm over all ranks, which it leaves on the device.
         """
         if self.stage == 0:
             weights = [p for p in self._engine.module.parameters() if p.grad is not None]
@@ -204,33 +240,46 @@ class Engine:
             if not math.isfinite(norm):
                 self._engine.zero_grad()
                 self._engine.micro_steps += 1
-                return None, False
+                return norm, False
             self._engine.step()
             return norm, True
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        return (norm if math.isfinite(norm) and norm >= 0 else None), bool(self._engine.was_step_applied())
+        return self._engine.get_global_grad_norm(), bool(self._engine.was_step_applied())
 
-    def _agree(
-        self, found: list[Losses], batches: Sequence[Batch], votes: Votes, scales: int
-    ) -> tuple[Averages, list[int], Votes]:
-        """One sum over ranks a step: losses, whether anybody has a bad sample, and the votes."""
-        loss_BS = torch.cat([losses.loss_BS for losses in found])
-        correct_BS = torch.cat([losses.correct_BS for losses in found])
-        indices_B = np.concatenate([batch.indices_B for batch in batches])
-        self._last = loss_BS, indices_B
-        bad_B = ~loss_BS.isfinite().all(dim=1)
-        counted = torch.tensor([int(bad_B.sum()), len(bad_B), *votes.numbers()], device=loss_BS.device)
-        sums = self.world.sum(torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), counted]))
-        losses, counts = sums[: -len(counted)], [int(count) for count in sums[-len(counted) :]]
-        bad: list[int] = []
-        if counts[0] > 0:
-            bad_indices = indices_B[bad_B.cpu().numpy()].tolist()
-            bad = [int(index) for part in self.world.gather(bad_indices) for index in part]
-        return self._averages(losses, counts[1], scales), bad, Votes(*counts[2:])
+    def _sum(self, loss_BS: Tensor, correct_BS: Tensor, votes: Votes, grad_norm: Tensor | float) -> Later:
+        """The step's one sum over ranks, not waited for."""
+        bad = (~loss_BS.isfinite().all(dim=1)).sum(dtype=loss_BS.dtype).view(1)
+        counted = on_device(torch.tensor([len(loss_BS), *votes.numbers()], dtype=loss_BS.dtype), loss_BS.device)
+        if not isinstance(grad_norm, Tensor):
+            grad_norm = torch.full((1,), grad_norm, device=loss_BS.device)
+        sums = torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), bad, counted])
+        return self.world.sum_later(sums, also=grad_norm.detach().view(1))
+
+    def result(self, launched: LaunchedStep) -> StepResult:
+        """How a step went, once the device is done with it. All ranks, for every step, in the order of steps."""
+        numbers, scales = launched.numbers.get(), self.objective.pyramid.num_scales
+        self._last = launched.loss_BS, launched.indices_B
+        bad, images, *votes = (int(count) for count in numbers[2 * scales : -1])
+        norm = float(numbers[-1])
+        bad_samples: list[int] = []
+        if bad:
+            bad_B = ~launched.loss_BS.isfinite().all(dim=1)
+            parts = self.world.gather(launched.indices_B[bad_B.cpu().numpy()].tolist())
+            bad_samples = [int(index) for part in parts for index in part]
+        return StepResult(
+            averages=self._averages(numbers[: 2 * scales], images, launched.scales),
+            grad_norm=norm if math.isfinite(norm) and norm >= 0 else None,
+            lr=launched.lr,
+            weight_decay=launched.weight_decay,
+            skipped=not launched.applied,
+            bad_samples=bad_samples,
+            loss_scale=launched.loss_scale,
+            votes=Votes(*votes),
+        )
 
     def worst_samples(self, count: int) -> list[int]:
-        """Samples (numbers in the train split) of the last step with the highest losses over all ranks, worst first."""
+        """Samples (numbers in the train split) with the highest losses over all ranks, worst first, of the step that
+        `result` told of last."""
         assert self._last is not None
         loss_BS, indices_B = self._last
         mine = list(zip(loss_BS.sum(dim=1).tolist(), indices_B.tolist(), strict=True))
@@ -251,28 +300,37 @@ class Engine:
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Averages:
-        """Means over the valid samples of all ranks' batches; every rank brings equally many batches."""
-        self._engine.eval()
+    def evaluate(self, batches: Iterable[Batch], between: Callable[[], object] = lambda: None) -> Averages:
+        """Means over the valid samples of all ranks' batches; every rank brings equally many batches.
+
+        `between`: called before each batch; what it raises, on all ranks alike, ends it.
+        """
         sums = torch.zeros(2 * self.objective.pyramid.num_scales + 1, dtype=torch.float64, device=self.world.device)
-        for batch in batches:
-            losses = self.objective(self._engine, batch.codes_BL, batch.labels_B)
-            valid_B = torch.from_numpy(batch.valid_B).to(self.world.device)
-            parts = [losses.loss_BS[valid_B].sum(dim=0), losses.correct_BS[valid_B].sum(dim=0)]
-            sums += torch.cat([*parts, valid_B.sum().double().view(1)])
-        self._engine.train()
+        with self._evaluating():
+            for batch in batches:
+                between()
+                losses = self.objective(self._engine, batch.codes_BL, batch.labels_B)
+                valid_B = torch.from_numpy(batch.valid_B).to(self.world.device)
+                parts = [losses.loss_BS[valid_B].sum(dim=0), losses.correct_BS[valid_B].sum(dim=0)]
+                sums += torch.cat([*parts, valid_B.sum().double().view(1)])
         total = self.world.sum(sums)
         return self._averages(total[:-1], int(total[-1]))
 
     @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
+
+    @contextlib.contextmanager
     def drawing(self) -> Iterator[nn.Module]:
         """The model for `mvar.sampling.sampler`, on all ranks, each with equally many calls of it."""
-        self._engine.eval()
-        with torch.no_grad(), fused.eager():
+        with self._evaluating(), torch.no_grad(), fused.eager():
             yield self.model
-        self._engine.train()
 
-    def progress(self, step: int, validation_loss: float | None = None) -> Progress:
+    def progress(self, step: int) -> Progress:
         """What a checkpoint after `step` steps has to say, beyond weights and moments."""
         scaler = None
         if self._scaler is not None:
@@ -284,7 +342,6 @@ class Engine:
             skipped_steps=self.skipped_steps,
             loss_scaler=scaler,
             stretches=self.plan.phases,
-            validation_loss=validation_loss,
         )
 
     def restore(self, folder: Path) -> int:

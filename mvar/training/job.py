@@ -112,6 +112,5 @@ def summary(job: TrainingJob, parameters: int, stage: int) -> str:
         f"  {plan.last_step:,} steps of {split.global_batch} images = {split.ranks} ranks x {split.micro_batch}"
         f" x {split.accumulation} accumulated; {plan.warmup_steps:,} of {plan.total_steps:,} steps warm up"
         f" to lr {plan.peak_lr:.3g}\n"
-        f"  ZeRO stage {stage}, {config.engine.precision}, {torch.get_num_threads()} CPU threads a rank;"
-        f" accuracy is per token: 4-6 % is normal with 4,096 words"
+        f"  ZeRO stage {stage}, {config.engine.precision}; accuracy is per token: 4-6 % is normal with 4,096 words"
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mvar.config import ModelConfig, PeakSetting
+from mvar.log import Chosen
 from mvar.plan.flops import flops
 from mvar.plan.gpus import recognise
 from mvar.plan.sizes import Sizes
@@ -19,6 +20,18 @@ from mvar.run.world import World
 
 SIDE = 2048
 MEASURED_S = 0.5
+
+
+def chosen_peak(setting: PeakSetting, device: torch.device) -> Chosen | None:
+    """What `auto` takes for the peak of a GPU; None where there is nothing to decide."""
+    if setting != "auto" or device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    gpu = recognise(name)
+    if gpu is None:
+        reason = f"the peak of a GPU called {name!r} is not known here (tracking.peak_tflops gives or measures it)"
+        return Chosen("MFU", "not shown", reason)
+    return Chosen("MFU", f"of {gpu.bf16_tflops:.0f} TFLOP/s a rank", f"the GPU is called {name!r}")
 
 
 @dataclass(frozen=True)
@@ -33,11 +46,10 @@ class Utilisation:
 
     @classmethod
     def start(cls, setting: PeakSetting, model: ModelConfig, world: World, precision: str) -> Utilisation | None:
-        """None where the peak is not known: `auto` on a CPU, or on a GPU that mvar does not know."""
+        """None where some rank's peak is not known: `auto` on a CPU, or on a GPU that mvar does not know. All ranks."""
         peak = peak_flops(setting, world.device, torch.float32 if precision == "fp32" else torch.bfloat16)
-        if peak is None:
-            return None
-        return cls(flops(Sizes.of(model)).training, float(world.sum(torch.tensor([peak]))[0]))
+        total, unknown = world.sum(torch.tensor([peak or 0.0, float(peak is None)])).tolist()
+        return None if unknown else cls(flops(Sizes.of(model)).training, total)
 
 
 def peak_flops(setting: PeakSetting, device: torch.device, dtype: torch.dtype) -> float | None:

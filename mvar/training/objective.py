@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvar.model.token_loss import TokenLosses
+from mvar.run.world import on_device
 from mvar.scales import ScalePyramid
 from mvar.schedule import CurriculumPoint
 from mvar.tokenizer.quantizer import Quantizer
@@ -57,14 +58,14 @@ class Objective:
 
         `curriculum`: with fewer scales than there are, only their tokens are computed; other sums are 0.
         """
-        codes_BL = codes_BL.to(self.device)
+        codes_BL = on_device(codes_BL, self.device)
         curriculum = curriculum or CurriculumPoint(self.pyramid.num_scales)
         begin, end = (self.pyramid.offsets[scale] for scale in (curriculum.scales - 1, curriculum.scales))
         with torch.no_grad():
             x_BLC = self.quantizer.inputs_from_codes(codes_BL)[:, : end - self.pyramid.lengths[0]]
-        drop = None if drop_path_DGB is None else drop_path_DGB.to(self.device)
+        drop = None if drop_path_DGB is None else on_device(drop_path_DGB, self.device)
         found = model(
-            labels_B.to(self.device),
+            on_device(labels_B, self.device),
             x_BLC,
             drop_path_DGB=drop,
             scales=range(curriculum.scales),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mvar.checkpoint.weights import initial_values
 from mvar.config import TrainConfig
 from mvar.errors import TrainingError
 from mvar.files.disk import write_text
+from mvar.log import log
 from mvar.run.folder import RunFolder
 from mvar.run.world import World
 from mvar.schedule import BatchPhase, Plan
@@ -45,16 +45,13 @@ def begin(engine: Engine, run: RunFolder, job: TrainingJob, world: World, found:
         else:
             engine.initialise(world.together(lambda: initial_values(source, job.model, digests=world.is_main)))
         done, where = 0, f"beginning with the weights of {source}" if source else "beginning"
+    world.together(lambda: write_text(run.config, dump(job.config)) if world.is_main else None)
     if world.is_main:
         run.finished.unlink(missing_ok=True)
-        write_text(run.config, dump(job.config))
-        print(f"{where}: {summary(job, engine.parameters, engine.stage)}", flush=True)
-        print("\n".join(f"  {name}: {choice}" for name, choice in engine.choices.items()), flush=True)
+        log.info("%s: %s", where, summary(job, engine.parameters, engine.stage))
         if len(job.plan.phases) > 1:
-            print(
-                f"  global batch by first step: {[(phase.step, phase.global_batch) for phase in job.plan.phases]}",
-                flush=True,
-            )
+            by_step = [(phase.step, phase.global_batch) for phase in job.plan.phases]
+            log.info("global batch by first step: %s", by_step)
     return done
 
 
@@ -84,9 +81,5 @@ def go_back(
     job = replace(job, plan=Plan.of(job.config, len(job.store.split("train")), phases))
     engine.plan = job.plan
     if world.is_main:
-        print(
-            f"mvar: WARNING: {bad}. Went back to {found.name}; the {end - begin:,} images after it are skipped.",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.warning("%s. Went back to %s; the %s images after it are skipped.", bad, found.name, f"{end - begin:,}")
     return job, done

@@ -23,6 +23,13 @@ if ON == "interpreter":
     install()
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once what fails: a run that is cut off has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        last = str(report.longrepr).strip().splitlines()[-1:]
+        print(f"\nFAILED {report.nodeid} ({report.when}): {' '.join(last)[:300]}", flush=True)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU, or the CPU for a rehearsal."""

@@ -23,7 +23,7 @@ from mvar.scales import PATCH_NUMS_256
 from mvar.testing.code_stores import make_store
 from mvar.testing.tiny_runs import settings
 from mvar.training.engine import Engine
-from mvar.training.job import Job, prepare
+from mvar.training.job import TrainingJob, prepare
 from mvar.training.objective import Objective
 
 PATCH_NUMS = (1, 2, 3, 4, 6)
@@ -83,7 +83,7 @@ def configuration(folder: Path, store: Path, case: Case) -> TrainConfig:
     return TrainConfig.model_validate(tree)
 
 
-def build(config: TrainConfig, world: World) -> tuple[Engine, Job]:
+def build(config: TrainConfig, world: World) -> tuple[Engine, TrainingJob]:
     job = prepare(config, world.size)
     objective = Objective(job.store.quantizer(), world.device)
     engine = Engine(job.config, job.model, job.plan, job.split, objective, world)

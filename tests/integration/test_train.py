@@ -19,6 +19,7 @@ from mvar.config import TrainConfig
 from mvar.data.stream import Batch, eval_batches
 from mvar.model.mamba2 import DECAYS
 from mvar.run.folder import RunFolder
+from mvar.run.loop import Votes
 from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.testing.code_stores import make_store
@@ -79,20 +80,25 @@ class Spoiled:
         return Losses(found.loss * float("nan"), loss_BS, found.correct_BS)
 
 
+def spoil(engine: Engine) -> Spoiled:
+    spoiled = Spoiled(engine.objective)
+    engine.objective = spoiled  # type: ignore[assignment]
+    original = engine._losses
+
+    def with_batch(step: int, batch: Batch) -> Losses:
+        spoiled.current = batch
+        return original(step, batch)
+
+    engine._losses = with_batch  # type: ignore[method-assign]
+    return spoiled
+
+
 def skip_bad_steps(world: World, trees: dict[str, Any]) -> list[str]:
     """On every stage: a NaN in one sample of one rank changes nothing anywhere, and too many in a row end it."""
     for tree in trees.values():
         engine, job = build(world, tree)
         engine.initialise()
-        spoiled = Spoiled(engine.objective)
-        engine.objective = spoiled  # type: ignore[assignment]
-        original = engine._losses
-
-        def with_batch(step: int, batch: Batch, original: Any = original, spoiled: Spoiled = spoiled) -> Losses:
-            spoiled.current = batch
-            return original(step, batch)  # type: ignore[no-any-return]
-
-        engine._losses = with_batch  # type: ignore[method-assign]
+        spoiled = spoil(engine)
         run_steps(engine, job, world, 0, 2)
         before = weights_of(engine)
         batches = batches_of(job, world, 2)
@@ -108,6 +114,35 @@ def skip_bad_steps(world: World, trees: dict[str, Any]) -> list[str]:
         spoiled.always = world.rank == 1
         assert len(engine.step(4, batches_of(job, world, 4)).bad_samples) == 4
     return ["ok"]
+
+
+def read_late(world: World, trees: dict[str, Any]) -> list[str]:
+    """On every stage: steps that are read while later ones are under way tell what they would have told at once."""
+    for tree in trees.values():
+        told = []
+        for late in (False, True):
+            engine, job = build(world, tree)
+            engine.initialise()
+            spoiled = spoil(engine)
+            results, worst, underway = [], [], []
+            for step in range(5):
+                spoiled.always = step == 2 and world.rank == 1
+                own = Votes(stop=int(world.rank == step), lost=1)
+                underway.append(engine.launch(step, batches_of(job, world, step), own))
+                while underway and (len(underway) > 1 or step == 4 or not late):
+                    results.append(engine.result(underway.pop(0)))
+                    worst.append(engine.worst_samples(3))
+            told.append((repr(results), worst, weights_of(engine)))
+        assert told[0] == told[1]
+        assert [result.skipped for result in results] == [False, False, True, False, False]
+        assert [result.votes for result in results] == [Votes(stop=int(step < 2), lost=2) for step in range(5)]
+    return ["ok"]
+
+
+def test_steps_that_are_read_late_tell_the_same(tmp_path: Path, store: Path) -> None:
+    for stages in ((0, 2), (3,)):
+        cases = {f"stage{stage}": {"stage": stage} for stage in stages}
+        run_ranks(read_late, 2, tmp_path / str(stages[0]), trees=trees(tmp_path, store, cases))
 
 
 def test_a_bad_sample_on_one_rank_makes_all_skip_the_step(tmp_path: Path, store: Path) -> None:

@@ -381,6 +381,110 @@ def deadline_on_one_rank(argv: list[str]) -> int:
     return command("mvar.train", argv)
 
 
+# ---- looks at the model
+
+
+def undrawable(argv: list[str]) -> int:
+    """Drawing fails after 5 steps on rank 1 alone (not under ZeRO 3), after 10 when rank 0 writes the picture, after 15
+    inside the model of all ranks."""
+    import mvar.train as module
+    from mvar.model.block import Block
+
+    generate, save_png, forward = module.generate_codes, module.save_png, Block.forward
+    draw: Any = module.TransformerTraining.draw
+    now, alone = [0], rank() == 1 and os.environ["STAGE"] != "3"
+
+    def drawing(self: module.TransformerTraining, done: int) -> None:
+        now[0] = done
+        draw(self, done)
+        now[0] = 0
+
+    def fail(when: bool, action: Any, *arguments: Any, **named: Any) -> Any:
+        if when:
+            raise RuntimeError(f"nothing to see after {now[0]} steps")
+        return action(*arguments, **named)
+
+    def forwards(self: Any, *arguments: Any, **named: Any) -> Any:
+        return fail(now[0] == 15, forward, self, *arguments, **named)
+
+    setattr(module, "generate_codes", lambda *a, **n: fail(alone and now[0] == 5, generate, *a, **n))  # noqa: B010
+    setattr(module, "save_png", lambda *a, **n: fail(now[0] == 10, save_png, *a, **n))  # noqa: B010
+    module.TransformerTraining.draw = drawing  # type: ignore[method-assign]
+    Block.forward = forwards  # type: ignore[method-assign]
+    return command("mvar.train", argv)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_draw_that_fails_costs_the_picture_and_not_the_run(
+    tmp_path: Path, store: Path, calm: list[float], stage: int
+) -> None:
+    settings = {"data__tokenizer": str(store / "tokenizer.safetensors"), "tracking__sample_every": 5}
+    settings |= {"tracking__sample_classes": 2, "tracking__sample_per_class": 3}
+    settings |= {"checkpoint__every_steps": 5, "checkpoint__background": "off"}
+    config, run = write_config(tmp_path, store, "run", stage=stage, **settings), tmp_path / "run"
+    job = start("undrawable", tmp_path, config, 2, environ={"STAGE": str(stage)})
+    codes, said = job.wait(), job.logs[0].read_text()
+    if stage == 3:  # Ranks need each other while they draw: a failure there ends the run, but no later start.
+        assert codes == [1, 1], job.output()
+        assert "nothing to see after 15 steps" in said and steps_in(run / "checkpoints")[-1] == 15
+        job = start("none", tmp_path, config, 2)
+        codes = job.wait()
+    assert codes == [0, 0], job.output()
+    drawn = [record["step"] for record in records(run, "sample")]
+    assert drawn == ([20, 25] if stage == 2 else [5, 20, 25])
+    for number, step in ((1, 5), (0, 10), (0, 15)) if stage == 2 else ((0, 10),):
+        told = f"step {step}: no samples were drawn: rank {number}: RuntimeError: nothing to see after {step} steps"
+        assert said.count(told) == 1, said
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-{step:09d}.png" for step in drawn]
+    assert losses(run) == (calm if stage == 2 else pytest.approx(calm, abs=1e-5))
+
+
+def asked_in_validation(argv: list[str]) -> int:
+    """Rank 1 is asked to stop in the middle of the validation after 10 steps; all die in that after the last step."""
+    from mvar.train import TransformerTraining
+
+    original: Any = TransformerTraining.require_leisure
+
+    def leisure(self: TransformerTraining) -> None:
+        steps = self.engine.partition.adam_steps
+        if os.environ["LOOK"] == "stop" and steps == 10 and rank() == 1:
+            self.session.stops._note(signal.SIGTERM, None)
+        if os.environ["LOOK"] == "die" and steps == STEPS:
+            os._exit(1)
+        original(self)
+
+    TransformerTraining.require_leisure = leisure  # type: ignore[method-assign]
+    return command("mvar.train", argv)
+
+
+@pytest.mark.parametrize("every", [5, 7])
+def test_a_validation_that_is_cut_short_is_made_up_for_after_the_save(
+    tmp_path: Path, store: Path, calm: list[float], every: int
+) -> None:
+    """It is the checkpoint that must not be lost. Saved and validated after the same steps, and after others."""
+    settings = {"checkpoint__every_steps": every, "checkpoint__keep_last": 9}
+    config, run = write_config(tmp_path, store, "run", **settings), tmp_path / "run"
+    job = start("asked_in_validation", tmp_path, config, 2, environ={"LOOK": "stop"})
+    assert job.wait() == [75, 75], job.output()
+    assert steps_in(run / "checkpoints")[-1] == 10 and records(run, "val") == []
+    assert History(run).starts()[-1].reason == "another rank was asked to"
+    job = start("asked_in_validation", tmp_path, config, 2, environ={"LOOK": "die"})
+    assert job.wait() == [1, 1], job.output()
+    assert steps_in(run / "checkpoints")[-1] == STEPS and not (run / "FINISHED").exists()
+    finish(tmp_path, config, calm)
+    assert (run / "FINISHED").exists()
+    validated = {record["step"]: record["loss"] for record in records(run, "val")}
+    assert list(validated) == [10, 20, STEPS]
+    noted = {
+        step: CheckpointRecord.read(folder_of(run / "checkpoints", step)) for step in steps_in(run / "checkpoints")
+    }
+    assert {step: record.progress.validation_loss for step, record in noted.items()} == {
+        step: validated.get(step) for step in noted
+    }
+    for step in noted:
+        verify(folder_of(run / "checkpoints", step))
+
+
 # ---- wrong sizes
 
 

@@ -25,15 +25,15 @@ def hang(step: int) -> None:
         time.sleep(3600)
 
 
-def pace(engine_step: Any) -> Any:
-    def step(self: Engine, done: int, *others: Any, **named: Any) -> Any:
+def pace(engine_launch: Any) -> Any:
+    def launch(self: Engine, done: int, *others: Any, **named: Any) -> Any:
         time.sleep(PAUSE_S)
         hang(done)
-        return engine_step(self, done, *others, **named)
+        return engine_launch(self, done, *others, **named)
 
-    return step
+    return launch
 
 
 if __name__ == "__main__":
-    Engine.step = pace(Engine.step)  # type: ignore[method-assign]
+    Engine.launch = pace(Engine.launch)  # type: ignore[method-assign]
     raise SystemExit(run_command(main))

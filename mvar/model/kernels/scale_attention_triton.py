@@ -29,9 +29,6 @@ from mvar.model.kernels.launch import block, on
 TILE = 64
 """Tokens of a tile, on both sides of a product."""
 WARPS, STAGES = 4, 2
-CAPABILITY = 9
-"""Hopper's. On compute capability 8 operands lie in registers, which are too few; for 10 Triton 3.7.1 cannot compile
-the gradient of q."""
 LOG2E = math.log2(math.e)
 LEAST = 16
 """Triton's products want at least so many elements a side."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from mvar.errors import CheckpointError
 from mvar.files.disk import place, remove_stale, write_file
+from mvar.log import log
 from mvar.tokenizer.files import digest_of
 
 FORMAT = 2
@@ -76,7 +76,7 @@ class StateFile:
         write_file(self.path, data)
 
     def read(self) -> TokenizerTrainingState:
-        """The newest state that is whole; one that is damaged is told of on stderr. Raises CheckpointError."""
+        """The newest state that is whole; one that is damaged is told of. Raises CheckpointError."""
         try:
             return _read(self.path)
         except CheckpointError as newest:
@@ -84,11 +84,7 @@ class StateFile:
                 raise
             state = _read(self.before)
             self._newest_is_damaged = True
-            print(
-                f"mvar: WARNING: {newest} Going on from the one before it, {self.before.name}, step {state.step}.",
-                file=sys.stderr,
-                flush=True,
-            )
+            log.warning("%s Going on from the one before it, %s, step %d.", newest, self.before.name, state.step)
             return state
 
     def remove_leftovers(self) -> None:

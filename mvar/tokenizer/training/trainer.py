@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from mvar.errors import TrainingError
 from mvar.images.arrays import from_uint8
+from mvar.log import Chosen
 from mvar.randomness import uniform
 from mvar.run.world import World
+from mvar.threads import same_gpu
 from mvar.tokenizer.quality import Quality, Tally, psnr_db
 from mvar.tokenizer.quantizer import Quantized
 from mvar.tokenizer.training.codebook import count_usage_, revive_, start_codebook_, usage_SV
@@ -50,6 +52,12 @@ DISCRIMINATOR = "critic"
 EVALUATED_AT_ONCE = 64
 MEASURED_BY_SCALE = 64
 """Pictures whose first scales alone are decoded too, over all ranks."""
+
+
+def _one_thread(use_gpu: Callable[[], None]) -> None:
+    """How a thread of the trainer's begins."""
+    use_gpu()
+    torch.set_num_threads(1)
 
 
 class Trainer:
@@ -91,10 +99,20 @@ class Trainer:
             self.discriminator = DiscriminatorTraining(
                 config.loss, config.seed, self.device, threads, self._memory_format
             )
-        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(threads, initializer=_one_thread, initargs=(same_gpu(),))
         # One machine without these instructions decides for all: ranks must not differ.
         fast_everywhere = int(world.sum(torch.tensor([int(has_fast_bf16(self.device))]))[0]) == world.size
         self._bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_everywhere)
+        slow = config.precision == "auto" and not fast_everywhere
+        self.chosen = [
+            Chosen(
+                "CPU threads",
+                f"{threads} a process",
+                "" if config.threads else "the cores are divided by the processes here",
+            ),
+            Chosen("convolutions", "bf16" if self._bf16 else "fp32", "not every process has fast bf16" if slow else ""),
+        ]
+        """What was decided by itself."""
 
     # ---- learning
 

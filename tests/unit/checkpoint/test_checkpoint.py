@@ -131,7 +131,7 @@ def damages() -> list[tuple[str, Callable[[Path], None]]]:
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize(("how", "damage"), damages(), ids=[name for name, _ in damages()])
 def test_damage_is_found_and_the_checkpoint_before_is_taken(
-    tmp_path: Path, file: str, how: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, file: str, how: str, damage: Callable[[Path], None], voice: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = tmp_path / "checkpoints"
     saved(checkpoints, 1, seed=1)

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from mvar.checkpoint import saver, tensors
+from mvar.checkpoint.choosing import retain, verify
 from mvar.checkpoint.loading import CheckpointReader
-from mvar.checkpoint.record import Progress
+from mvar.checkpoint.record import RECORD, CheckpointRecord, Progress
 from mvar.checkpoint.saver import Saver
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError, WriteError
+from mvar.log import Chosen
 from mvar.run.names import folder_of, steps_in
 from tests.unit.checkpoint.test_checkpoint import ALONE, HandMade, identity, values
 
@@ -88,15 +90,59 @@ def test_the_last_one_exists_when_the_call_returns(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_without_memory_for_a_snapshot_training_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_memory_for_a_snapshot_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saver, "available_memory", lambda: 100)
     saving = make(tmp_path, values(1))
     for step in (1, 2):
         assert [saved.step for saved in saving.save(Progress(step))] == [step]
     assert saving._buffer is None
-    assert capsys.readouterr().out.count("lack memory for a snapshot") == 1
+    assert saving.chosen == Chosen("saving", "training waits", "1 ranks lack memory for a snapshot", slow=True)
+
+
+def test_how_it_saves_is_told(tmp_path: Path) -> None:
+    assert make(tmp_path, values(1)).chosen == Chosen("saving", "while training goes on")
+    assert make(tmp_path, values(1), background="off").chosen == Chosen("saving", "training waits")
+
+
+def noted(folder: Path, step: int) -> float | None:
+    verify(folder_of(folder, step))
+    return CheckpointRecord.read(folder_of(folder, step)).progress.validation_loss
+
+
+def test_a_validation_after_the_save_is_noted_in_its_checkpoint(tmp_path: Path, gate: Gate) -> None:
+    saving = make(tmp_path, values(1))
+    saving.save(Progress(1))
+    saving.validated(1, 2.5)  # While it is being written.
+    gate.open.set()
+    saving.settle()
+    assert noted(tmp_path, 1) == 2.5
+    saving.save(Progress(2), last=True)
+    assert noted(tmp_path, 2) is None
+    before = CheckpointRecord.read(folder_of(tmp_path, 2))
+    saving.validated(2, 1.5)  # After it was written.
+    saving.validated(3, 0.5)  # Of a step that was not saved.
+    assert noted(tmp_path, 2) == 1.5 and noted(tmp_path, 1) == 2.5
+    after = CheckpointRecord.read(folder_of(tmp_path, 2))
+    assert after.model_copy(update={"progress": before.progress}) == before
+    assert sorted(path.name for path in folder_of(tmp_path, 2).iterdir()) == sorted([*after.files, RECORD])
+    saving.save(Progress(4), last=True)
+    retain(tmp_path, last=1, best=True)
+    assert steps_in(tmp_path) == [2, 4]
+
+
+def test_a_validation_that_cannot_be_noted_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saving = make(tmp_path, values(1))
+    saving.save(Progress(1), last=True)
+
+    def full(*_: Any) -> None:
+        raise WriteError("No space left on device")
+
+    monkeypatch.setattr("mvar.checkpoint.saving.write_text", full)
+    saving.validated(1, 2.5)
+    assert "its validation loss 2.5000 is not noted: No space left" in caplog.text
+    assert noted(tmp_path, 1) is None
 
 
 @pytest.mark.parametrize("background", ["auto", "off"])

@@ -87,7 +87,7 @@ def test_a_node_that_came_up_after_the_start_is_to_blame(tmp_path):
     assert closed.blamed == ("n2",)
 
 
-def test_a_node_is_excluded_when_it_failed_too_often_with_the_evidence(tmp_path, capsys):
+def test_a_node_is_excluded_when_it_failed_too_often_with_the_evidence(tmp_path, voice, capsys):
     logs = Logs(tmp_path)
     logs.folder.mkdir()
     found = Blame(("n2",), ("srun: error: n2: task 1: Killed",))
@@ -122,7 +122,7 @@ def test_a_fault_is_requeued_without_the_nodes_to_avoid(tmp_path):
     ]
 
 
-def test_a_requeue_that_slurm_refuses_leaves_the_run_to_the_next_task(tmp_path, capsys):
+def test_a_requeue_that_slurm_refuses_leaves_the_run_to_the_next_task(tmp_path, voice, capsys):
     started(tmp_path)
     assert end(JOB, Calls(scontrol_requeue=None), LIMITS, tmp_path, 1) == 1
     assert "left to the next task" in capsys.readouterr().out

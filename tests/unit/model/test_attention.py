@@ -196,20 +196,16 @@ GPU = torch.device("cuda")
 
 
 @pytest.mark.usefixtures("no_memory")
-def test_auto_takes_our_kernels_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index is None else (8, 0))
+def test_auto_takes_our_kernels_then_torchs_then_flash_attn_then_one_call_a_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert str(choose("auto", torch.bfloat16, GPU, 64)) == "triton"
-    ampere = torch.device("cuda:1")
-    assert choose("auto", torch.bfloat16, ampere, 64).name == "varlen"
-    with pytest.raises(BackendError, match=r"compute capability 9 \(Hopper\), and cuda:1 has another"):
-        choose("triton", torch.bfloat16, ampere, 64)
-
-
-@pytest.mark.usefixtures("no_memory")
-def test_auto_takes_torchs_packed_kernel_then_flash_attn_then_one_call_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert str(choose("auto", torch.bfloat16, GPU, 64)) == "varlen"
+    with pytest.raises(BackendError, match="compute capability 9"):
+        choose("triton", torch.bfloat16, GPU, 64)
     choose.cache_clear()
     load.cache_clear()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)

@@ -74,11 +74,33 @@ def test_a_batch_that_cannot_be_divided_is_refused(capsys: pytest.CaptureFixture
         ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
         ("NVIDIA H200", "h200-141gb"),
         ("NVIDIA L40S", "l40s-48gb"),
+        ("NVIDIA L40", "l40-48gb"),
+        ("NVIDIA H100 NVL", "h100-nvl-94gb"),
+        ("Tesla V100-SXM2-16GB", "v100-16gb"),
     ],
 )
 def test_devices_are_recognised_by_what_torch_calls_them(said: str, name: str) -> None:
     assert recognise(said) == GPUS[name]
     assert recognise("Quadro 600") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "memory_gib", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 20, 312 * 3 / 7),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10, 989 / 7),
+        ("NVIDIA H100 80GB HBM3 MIG 1c.3g.40gb", 40, 989 / 7),  # One of a slice's three parts that compute.
+        ("NVIDIA A30 MIG 2g.12gb", 12, 165 / 2),
+    ],
+)
+def test_a_slice_of_a_gpu_is_its_share_of_it(said: str, memory_gib: float, tflops: float) -> None:
+    found = recognise(said)
+    assert found is not None and found.memory_gib == memory_gib and found.bf16_tflops == pytest.approx(tflops)
+
+
+@pytest.mark.parametrize("said", ["NVIDIA H100 80GB HBM3 MIG", "NVIDIA H100 80GB HBM3 MIG half", "Fancy MIG 1g.10gb"])
+def test_a_slice_that_says_nothing_of_its_size_is_not_taken_for_the_whole(said: str) -> None:
+    assert recognise(said) is None
 
 
 def test_a_dry_run_of_d32_pretends_a_thousand_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def compile_in(folder: Path, begun: Event) -> None:
     signal.pause()
 
 
-def test_the_lock_of_a_killed_compile_is_taken_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_of_a_killed_compile_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "cpu_adam").mkdir()
     begun = FORK.Event()
     process = FORK.Process(target=compile_in, args=(tmp_path / "cpu_adam", begun))
@@ -36,18 +36,18 @@ def test_the_lock_of_a_killed_compile_is_taken_over(tmp_path: Path, capfd: pytes
     lock = tmp_path / "cpu_adam" / "lock"
     try:
         free_locks(tmp_path)
-        assert lock.exists() and not capfd.readouterr().err  # Alive: torch waits for it, as it should.
+        assert lock.exists() and not caplog.messages  # Alive: torch waits for it, as it should.
     finally:
         process.kill()
         process.join()
     assert not FileBaton(str(lock)).try_acquire()  # What a start would wait for.
     free_locks(tmp_path)
-    assert "cpu_adam that was killed; removed" in capfd.readouterr().err
+    assert "cpu_adam that was killed; removed" in caplog.text
     assert FileBaton(str(lock)).try_acquire()
 
 
 def test_what_another_machine_compiles_is_waited_for_until_it_is_silent(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
@@ -66,12 +66,12 @@ def test_what_another_machine_compiles_is_waited_for_until_it_is_silent(
     monkeypatch.setattr(extensions.time, "sleep", sleep)
     free_locks(tmp_path)
     assert len(slept) == 3 and not lock.exists()
-    told = capfd.readouterr().err.splitlines()
+    told = caplog.messages
     assert ["another machine" in told[0], "removed" in told[1]] == [True, True] and len(told) == 2
 
 
 def test_a_lock_that_another_machine_gives_back_is_not_taken(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
@@ -80,7 +80,7 @@ def test_a_lock_that_another_machine_gives_back_is_not_taken(
     (tmp_path / ".hosts" / "another-1").touch()
     monkeypatch.setattr(extensions.time, "sleep", lambda _: lock.unlink())
     free_locks(tmp_path)
-    assert "removed" not in capfd.readouterr().err
+    assert "removed" not in caplog.text
 
 
 def test_the_folder_is_of_this_python_torch_cpu_and_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

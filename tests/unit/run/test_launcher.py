@@ -3,7 +3,8 @@
 import pytest
 
 from mvar.errors import ConfigError
-from mvar.run.launcher import Place, detect, first_host, rank_hint, require_address, require_one_task_per_gpu
+from mvar.log import rank_hint
+from mvar.run.launcher import Place, detect, first_host, require_address, require_one_task_per_gpu
 
 TORCHRUN = {
     "RANK": "5",

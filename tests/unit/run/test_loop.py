@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from mvar.config import Phase, TrackingConfig
 from mvar.data.prefetch import Feed
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, StoreError, TrainingError
 from mvar.run.folder import RunFolder
 from mvar.run.launcher import Place
 from mvar.run.loop import Session, TrainingLoop, Votes, due
 from mvar.run.stopping import StopRequests, Watchdog
-from mvar.run.tracking import Stopwatch
+from mvar.run.tracking import Stopwatch, Tracker
 from mvar.run.world import World
+
+NEVER: dict[Phase, float] = dict.fromkeys(("start", "step", "validate", "save"), 0)
 
 
 @dataclass(frozen=True)
@@ -24,33 +28,52 @@ class Result:
     votes: Votes
 
 
-class Noted(TrainingLoop[int, Result]):
-    """Writes down what it is told to do."""
+class Noted(TrainingLoop[int, Result, Result]):
+    """Writes down what it is told to do, and what is asked of it while it looks."""
 
-    def __init__(self, folder: Path, batches: Iterator[int], last_step: int = 4, *, lost_at: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, batches: Iterator[int], last_step: int = 4, *, lost_at: int | None = None, resumed: int = 0
+    ) -> None:
         self.did: list[str] = []
         self.lost_at = lost_at
+        self.stop_while_looking = False
         run, world = RunFolder(folder), World(Place("alone"), torch.device("cpu"))
         stops = StopRequests(run.stop_file, 0, environ={})
-        session = Session(run, world, Watchdog(0), stops, lambda: len(self.steps) != lost_at, takeover_s=9)
-        super().__init__(session, Feed(batches, 1), last_step, save_every=2)
+        session = Session(run, world, Watchdog(NEVER), stops, lambda: len(self.steps) != lost_at, takeover_s=9)
+        tracker = Tracker(
+            folder, TrackingConfig(), is_main=True, resumed_step=resumed, samples_at=int, settings={}, lines=str
+        )
+        feed = Feed(batches, 1, ahead=2 if self.reads_late else 1)
+        super().__init__(session, feed, tracker, last_step, save_every=2)
 
     @property
     def steps(self) -> list[str]:
         return [act for act in self.did if act.startswith("step")]
 
-    def step(self, done: int, batches: Sequence[int]) -> Result:
+    def launch(self, done: int, batches: Sequence[int]) -> Result:
         self.did.append(f"step {done} of {batches}")
         return Result(self.session.votes(self.feed))
+
+    def result(self, launched: Result) -> Result:
+        return launched
 
     def record(self, done: int, result: Result, watch: Stopwatch) -> None:
         self.did.append(f"record {done}")
 
-    def look(self, done: int, *, ending: bool) -> float | None:
-        return float(done) if ending else None
+    def looks_due(self, done: int) -> set[str]:
+        return {"val", "sample"} if done in (3, self.last_step) else set()
 
-    def save(self, done: int, validation_loss: float | None, *, last: bool) -> None:
-        self.did.append(f"save {done} {validation_loss} {last}")
+    def look(self, done: int, looks: set[str]) -> None:
+        self.did.append(f"look {done} for {' '.join(sorted(looks))}")
+        if self.stop_while_looking:
+            self.session.stops._note(signal.SIGTERM, None)
+        self.require_leisure()
+
+    def save(self, done: int, *, last: bool) -> None:
+        self.did.append(f"save {done} {last}")
+
+    def settle(self) -> None:
+        self.did.append("settle")
 
     def finish(self, done: int) -> None:
         self.did.append(f"finish {done}")
@@ -59,39 +82,79 @@ class Noted(TrainingLoop[int, Result]):
         self.did.append(f"stopped {done}: {reason.rpartition('/')[2]}")
 
 
-def test_steps_are_recorded_and_saved_and_the_last_one_is_looked_at_and_ends(tmp_path: Path) -> None:
-    training = Noted(tmp_path, iter(range(10)), last_step=3)
+class Late(Noted):
+    """The same, told of each step while the next one is under way."""
+
+    reads_late = True
+
+
+def test_steps_are_recorded_saved_and_then_looked_at(tmp_path: Path) -> None:
+    training = Noted(tmp_path, iter(range(10)))
     assert training.loop(0) == EXIT_FINISHED
     assert training.did == [
         *("step 0 of [0]", "record 1"),
-        *("step 1 of [1]", "record 2", "save 2 None False"),
-        *("step 2 of [2]", "record 3", "save 3 3.0 True", "finish 3"),
+        *("step 1 of [1]", "record 2", "save 2 False"),
+        *("step 2 of [2]", "record 3", "look 3 for sample val"),
+        *("step 3 of [3]", "record 4", "save 4 True", "look 4 for sample val", "finish 4"),
+    ]
+
+
+def test_a_step_is_read_while_the_next_is_under_way_but_before_anything_else(tmp_path: Path) -> None:
+    training = Late(tmp_path, iter(range(10)), last_step=6)
+    assert training.loop(0) == EXIT_FINISHED
+    assert training.did == [
+        *("step 0 of [0]", "step 1 of [1]", "record 1", "record 2", "save 2 False"),
+        *("step 2 of [2]", "record 3", "look 3 for sample val", "step 3 of [3]", "record 4", "save 4 False"),
+        *("step 4 of [4]", "step 5 of [5]", "record 5", "record 6", "save 6 True", "look 6 for sample val", "finish 6"),
     ]
 
 
 def test_nothing_is_done_again_where_all_is_done(tmp_path: Path) -> None:
-    training = Noted(tmp_path, iter(range(10)))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "val", "step": 4}\n')
+    training = Noted(tmp_path, iter(range(10)), resumed=4)
     assert training.loop(4) == EXIT_FINISHED
     assert training.did == ["finish 4"]
 
 
-def test_who_asks_to_stop_finds_everything_saved(tmp_path: Path) -> None:
-    training = Noted(tmp_path, iter(range(10)))
+def test_a_validation_that_a_kill_prevented_is_made_up_for(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "val", "step": 3}\n{"kind": "train", "step": 4}\n')
+    training = Noted(tmp_path, iter(range(10)), resumed=4)
+    assert training.loop(4) == EXIT_FINISHED
+    assert training.did == ["look 4 for val", "finish 4"]
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(Noted, 1), (Late, 2)])
+def test_who_asks_to_stop_finds_everything_saved(tmp_path: Path, kind: type[Noted], steps: int) -> None:
+    training = kind(tmp_path, iter(range(10)))
     training.session.run.stop_file.touch()
     assert training.loop(0) == EXIT_STOPPED
-    assert training.did == ["step 0 of [0]", "record 1", "save 1 None True", "stopped 1: STOP exists"]
+    assert len(training.steps) == steps
+    assert training.did[-3:] == [f"save {steps} True", "settle", f"stopped {steps}: STOP exists"]
     assert not training.session.run.stop_file.exists()
 
 
-def test_data_that_cannot_be_read_end_the_training_after_the_step_that_still_had_some(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("last_step", "acts"), [(9, ["save 3 True"]), (3, ["settle"])])
+def test_who_asks_to_stop_while_it_looks_finds_everything_saved(
+    tmp_path: Path, last_step: int, acts: list[str]
+) -> None:
+    training = Noted(tmp_path, iter(range(10)), last_step)
+    training.stop_while_looking = True
+    assert training.loop(0) == EXIT_STOPPED
+    assert training.did[-3:] == ["look 3 for sample val", *acts, "stopped 3: got SIGTERM"]
+
+
+@pytest.mark.parametrize("kind", [Noted, Late])
+def test_data_that_cannot_be_read_end_the_training_after_the_step_that_still_had_some(
+    tmp_path: Path, kind: type[Noted]
+) -> None:
     def batches() -> Iterator[int]:
         yield 0
         raise StoreError("a damaged shard")
 
-    training = Noted(tmp_path, batches())
+    training = kind(tmp_path, batches())
     with pytest.raises(StoreError, match="a damaged shard"):
         training.loop(0)
-    assert training.did == ["step 0 of [0]", "record 1", "save 1 None True"]
+    assert training.did[0] == "step 0 of [0]" and training.did[-2:] == ["record 1", "save 1 True"]
 
 
 def test_what_ranks_agreed_to_be_a_fault_ends_the_training_saved_and_is_nothing_after_the_last_step(
@@ -102,9 +165,9 @@ def test_what_ranks_agreed_to_be_a_fault_ends_the_training_saved_and_is_nothing_
     monkeypatch.setattr(training, "agree", lambda votes: fault)
     with pytest.raises(StoreError, match="too much is damaged"):
         training.loop(0)
-    assert training.did == ["step 0 of [0]", "record 1", "save 1 None True"]
+    assert training.did == ["step 0 of [0]", "record 1", "save 1 True"]
     assert training.loop(1) == EXIT_FINISHED
-    assert training.did[-2:] == ["save 2 2.0 True", "finish 2"]
+    assert training.did[-3:] == ["save 2 True", "look 2 for sample val", "finish 2"]
 
 
 def test_who_lost_the_folder_writes_nothing_into_it(tmp_path: Path) -> None:

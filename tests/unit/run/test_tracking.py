@@ -75,14 +75,16 @@ def test_a_torn_line_that_ends_in_the_right_step_is_not_kept(tmp_path: Path) -> 
     assert path.read_text() == '{"kind": "train", "step": 1}\n'
 
 
-def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_writes(tmp_path: Path, voice: None, capsys: pytest.CaptureFixture[str]) -> None:
     with tracker(tmp_path, is_main=False) as track:
         track.write("train", 2, **TRAIN)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert capsys.readouterr().out == ""
 
 
-def test_console_lines_are_aligned_and_have_the_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_lines_are_aligned_and_have_the_means(
+    tmp_path: Path, voice: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     with tracker(tmp_path) as track:
         for step in range(1, 11):
             track.write("train", step, **(TRAIN | {"loss": float(step), "loss_per_scale": [1.0, 2.0]}))
@@ -95,7 +97,7 @@ def test_console_lines_are_aligned_and_have_the_means(tmp_path: Path, capsys: py
     assert "validation loss  3.0000" in validation and "samples/x.png" in sample
 
 
-def test_a_skipped_step_is_shown_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_skipped_step_is_shown_at_once(tmp_path: Path, voice: None, capsys: pytest.CaptureFixture[str]) -> None:
     with tracker(tmp_path, log_every=5) as track:
         track.write("train", 1, **(TRAIN | {"skipped": True, "loss": float("nan"), "bad_samples": [3, 9]}))
     assert "SKIPPED bad samples [3, 9]" in capsys.readouterr().out
@@ -117,7 +119,7 @@ def test_wandb_keeps_one_run_over_restarts(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_failing_sink_never_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, voice: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def explode(*_: Any) -> None:
         raise RuntimeError("no network")
@@ -165,7 +167,7 @@ class FullDisk:
 
 
 def test_records_wait_for_room_on_a_full_disk_and_none_is_torn_or_doubled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, voice: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = JsonLines(tmp_path / "metrics.jsonl", 0)
     disk = FullDisk(records._file, 40)

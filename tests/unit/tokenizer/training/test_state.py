@@ -31,7 +31,7 @@ def test_the_newest_and_the_one_before_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"\1", lambda data: b""])
-def test_damage_falls_back_loudly_and_is_not_kept(tmp_path, capsys, damage):
+def test_damage_falls_back_loudly_and_is_not_kept(tmp_path, voice, capsys, damage):
     file = StateFile(tmp_path)
     file.write(some_state(1))
     file.write(some_state(2))

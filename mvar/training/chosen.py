@@ -1,0 +1,72 @@
+"""What a training decided by itself, told once at its start, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mvar.log import Chosen, log, tell
+from mvar.model.choices import DTYPES
+from mvar.model.kernels.optional import Choice
+from mvar.model.kernels.precision import product_dtype
+from mvar.run.world import World, cores
+from mvar.training.job import TrainingJob
+from mvar.training.mfu import chosen_peak
+
+FEW_CORES = 2
+"""With fewer for each rank, a GPU waits for its process: reading, launching kernels and saving share them."""
+
+
+def chosen(job: TrainingJob, world: World) -> list[Chosen]:
+    """What follows from configuration and machine alone."""
+    peak = chosen_peak(job.config.tracking.peak_tflops, world.device)
+    own = [products(job.config.engine.precision, world.device), micro_batch(job), threads(job, world)]
+    return [*own, *([peak] if peak is not None else [])]
+
+
+def computing(choices: Mapping[str, Choice], device: torch.device) -> list[Chosen]:
+    """How the model computes (`Engine.choices`). What a GPU could do faster is loud; a CPU has no choice."""
+    on_gpu = device.type == "cuda"
+    return [Chosen(what, choice.name, choice.why, slow=on_gpu and bool(choice.why)) for what, choice in choices.items()]
+
+
+def products(precision: str, device: torch.device) -> Chosen:
+    asked = DTYPES[precision]
+    found = product_dtype(asked, device)
+    name = f"{found} on {device}".removeprefix("torch.")
+    if found == asked:
+        return Chosen("matrix products", name)
+    return Chosen("matrix products", name, f"this CPU has no instructions for {asked}".replace("torch.", ""), slow=True)
+
+
+def micro_batch(job: TrainingJob) -> Chosen:
+    split = job.split
+    way = f"{split.micro_batch} images a rank, {split.accumulation} times a step"
+    asked = job.config.engine.micro_batch is not None
+    return Chosen(
+        "micro-batch", way, "" if asked else "engine.micro_batch is not set, so a rank holds all of its images"
+    )
+
+
+def threads(job: TrainingJob, world: World) -> Chosen:
+    here = world.place.local_size
+    reason = "" if job.config.engine.threads else f"{cores()} cores are shared by {here} ranks here"
+    few = world.device.type == "cuda" and cores() < FEW_CORES * here
+    if few:
+        reason = f"this machine gives {here} ranks {cores()} cores (under Slurm: --cpus-per-task)"
+    return Chosen("CPU threads", f"{torch.get_num_threads()} a rank", reason, slow=few)
+
+
+def announce(world: World, own: Sequence[Chosen]) -> None:
+    """Every rank tells its own; rank 0 also where others differ, such as on a node that lacks a package.
+
+    All ranks together.
+    """
+    tell(own)
+    everybody = world.gather(list(own))
+    if not world.is_main:
+        return
+    for other in dict.fromkeys(one for theirs in everybody[1:] for one in theirs if one not in everybody[0]):
+        ranks = [rank for rank, theirs in enumerate(everybody) if other in theirs]
+        log.warning("%d ranks, from rank %d on, differ: %s", len(ranks), ranks[0], other)
