@@ -22,6 +22,7 @@ from mvar.errors import StoreError
 from mvar.files.disk import make_folder, writing
 from mvar.images.sources import Contents, Entry, Item
 from mvar.images.walk import evidence_of
+from mvar.log import log
 from mvar.run.claims import Claims
 
 LISTING = "listing.json.gz"
@@ -64,7 +65,7 @@ class KeptListing:
             while (contents := self.read()) is None:
                 if not _take(claims):
                     if not waited:
-                        print("another task lists the images; waiting for it", flush=True)
+                        log.info("another task lists the images; waiting for it")
                     waited = True
                     time.sleep(POLL_S)
                     continue

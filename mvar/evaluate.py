@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" {num_classes} classes. Compare with the images that the model was trained on."
         )
     for line in differing_names(args.samples, folder.classes):
-        print(f"mvar: WARNING: {line}", file=sys.stderr)
+        log.warning("%s", line)
     train, val = (read_split(folder, split, args.size, args.resize) for split in ("train", "val"))
     if args.classifier is not None and args.classifier.exists():
         classifier = load_classifier(args.classifier, num_classes)

@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if names is not None:
         shown = ", ".join(f"{label} {names[label]}" for label in classes[:10])
-        print(f"sample: classes {shown}{', ...' * (len(classes) > 10)}", flush=True)
+        log.info("sample: classes %s%s", shown, ", ..." * (len(classes) > 10))
     pictures = [Picture(label, number) for label in classes for number in range(args.per_class)]
     mine = pictures[args.task :: args.tasks]
     few = args.compile == "auto" and (device.type == "cpu" or len(mine) < MANY)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from mvar.errors import ImageError
 from mvar.images.pixels import AS_PUBLISHED, FileReader, Rules
 from mvar.images.splits import split_folders
 from mvar.images.walk import IMAGE_SUFFIXES, Evidence, Found, Walk, printable
+from mvar.log import log
 
 SPLITS = ("train", "val")
 MAX_KEY = 88
@@ -211,9 +211,9 @@ def _counting(name: str) -> list[tuple[int, str]]:
 
 
 def say_notes(source: Source) -> None:
-    """Print what a user should know of a listing, on stderr."""
+    """Tell what a user should know of a listing."""
     for note in source.notes:
-        print(f"mvar: NOTE: {note}.", file=sys.stderr, flush=True)
+        log.warning("%s.", note)
 
 
 def held_out(key: str, fraction: float) -> bool:

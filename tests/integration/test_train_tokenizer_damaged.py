@@ -40,7 +40,7 @@ def test_leaving_pictures_out_resumes_a_training_that_met_them(damaged, tmp_path
     assert f"{path}: cannot be decoded" in capsys.readouterr().err
     assert list(losses(out)) == list(range(1, MET_AT + 1))
     assert run(folder, out, *EVERY_STEP, "skip_bad=1") == 0
-    assert f"left out {path}: " in capsys.readouterr().out
+    assert f"left out {path}: " in capsys.readouterr().err
     assert json.loads((out / "left-out.json").read_text()).keys() == {str(path)}
     assert run(folder, whole, "skip_bad=1") == 0
     assert losses(out) == losses(whole)

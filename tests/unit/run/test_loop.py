@@ -166,9 +166,9 @@ def test_what_ranks_agreed_to_be_a_fault_ends_the_training_saved_and_is_nothing_
     monkeypatch.setattr(training, "agree", lambda votes: fault)
     with pytest.raises(StoreError, match="too much is damaged"):
         training.loop(0)
-    assert training.did == ["step 0 of [0]", "record 1", "save 1 None True"]
+    assert training.did == ["step 0 of [0]", "record 1", "save 1 True"]
     assert training.loop(1) == EXIT_FINISHED
-    assert training.did[-2:] == ["save 2 2.0 True", "finish 2"]
+    assert training.did[-3:] == ["save 2 True", "look 2 for sample val", "finish 2"]
 
 
 def test_who_lost_the_folder_writes_nothing_into_it(tmp_path: Path) -> None:
