@@ -11,6 +11,8 @@ fail() {
   say "error: $*" >&2
   exit 2
 }
+# set_once NAME VALUE: exports a variable, with the value only if it has none.
+set_once() { export "$1=${!1:-$2}"; }
 
 MVAR_CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 site=${MVAR_SITE:-$MVAR_HOME/slurm/site.env}
@@ -25,24 +27,27 @@ export MVAR_HOME MVAR_PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=$MVAR_CODE${PYTHONPAT
 # What is compiled at the first use is kept on each node's own disk: a shared one would serve every look of every rank, and
 # its locks outlive those who took them. `launch` makes the folder on each node, for this user alone. mvar.run.extensions
 # keeps DeepSpeed's extensions there too.
-export MVAR_CACHE=${MVAR_CACHE:-/tmp/mvar-cache-$(id -u)}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$MVAR_CACHE/triton}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$MVAR_CACHE/inductor}
+set_once MVAR_CACHE "/tmp/mvar-cache-$(id -u)"
+set_once TRITON_CACHE_DIR "$MVAR_CACHE/triton"
+set_once TORCHINDUCTOR_CACHE_DIR "$MVAR_CACHE/inductor"
 
-# GPUs: memory in segments that grow, so that scales of many lengths leave no holes. torch before 2.8 knows the second
-# name alone, and later ones complain of it.
-if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
-  case $("$MVAR_PYTHON" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) in
-    1.* | 2.[0-7] | 2.[0-7].*) export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True ;;
-    *) export PYTORCH_ALLOC_CONF=expandable_segments:True ;;
-  esac
-fi
-
-# NCCL's flight recorder: the last collectives of each rank, written down (train.sbatch says where) when one of them
-# fails or a watchdog finds a rank that hangs. Of each pair, the first name is that of newer versions of torch.
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-$TORCH_FR_BUFFER_SIZE}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# Memory of GPUs in segments that grow, so that scales of many lengths leave no holes. NCCL's flight recorder: the last
+# collectives of each rank, written down (train.sbatch says where) when one of them fails or a watchdog finds a rank that
+# hangs. Newer versions of torch complain of the older names.
+case $("$MVAR_PYTHON" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) in
+  1.* | 2.[0-9] | 2.[0-9].* | 2.10 | 2.10.*)
+    set_once PYTORCH_CUDA_ALLOC_CONF expandable_segments:True
+    set_once TORCH_NCCL_TRACE_BUFFER_SIZE 2000
+    TRACE_FILE=TORCH_NCCL_DEBUG_INFO_TEMP_FILE
+    ;;
+  *)
+    if [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then set_once PYTORCH_ALLOC_CONF expandable_segments:True; fi
+    if [ -z "${TORCH_NCCL_TRACE_BUFFER_SIZE:-}" ]; then set_once TORCH_FR_BUFFER_SIZE 2000; fi
+    # shellcheck disable=SC2034
+    TRACE_FILE=TORCH_FR_DUMP_TEMP_FILE
+    ;;
+esac
+set_once TORCH_NCCL_DUMP_ON_TIMEOUT 1
 
 # Since 22.05, srun does not take over the batch job's --cpus-per-task by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi

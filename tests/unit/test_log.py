@@ -127,6 +127,7 @@ def test_a_program_that_uses_mvar_as_a_library_hears_it_as_any_other_logger(
 RESULTS = {
     *("mvar/cli.py", "mvar/demo.py", "mvar/evaluate.py", "mvar/export.py", "mvar/inspect_checkpoint.py"),
     *(
+        "mvar/doctor.py",
         "mvar/report.py",
         "mvar/status.py",
         "mvar/plan/command.py",

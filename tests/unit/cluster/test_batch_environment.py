@@ -43,23 +43,26 @@ def test_a_cache_that_cannot_be_made_ends_the_task_with_the_way_out(tmp_path: Pa
         environment(tmp_path, MVAR_CACHE=str(tmp_path / "file" / "cache"))
 
 
+OLD = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
+NEW = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000"}
+
+
 @pytest.mark.parametrize(
-    ("version", "name"),
-    [("2.7.1+cu128", "PYTORCH_CUDA_ALLOC_CONF"), ("2.11.0", "PYTORCH_ALLOC_CONF"), ("", "PYTORCH_ALLOC_CONF")],
+    ("version", "expected"), [("2.7.1+cu128", OLD), ("2.10.0", OLD), ("2.11.0", NEW), ("2.14.1", NEW), ("", NEW)]
 )
-def test_gpu_memory_comes_in_segments_that_grow(tmp_path: Path, version: str, name: str) -> None:
+def test_memory_grows_and_nccls_flight_recorder_is_on_by_the_names_of_the_torch_version(
+    tmp_path: Path, version: str, expected: dict[str, str]
+) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/bash\necho {version}\n")
     python.chmod(0o755)
     found = environment(tmp_path, MVAR_PYTHON=str(python))
-    assert {key for key in found if key.endswith("_ALLOC_CONF")} == {name}
-    assert found[name] == "expandable_segments:True"
-    mine = environment(tmp_path, PYTORCH_CUDA_ALLOC_CONF="backend:cudaMallocAsync")
-    assert mine["PYTORCH_CUDA_ALLOC_CONF"] == "backend:cudaMallocAsync" and "PYTORCH_ALLOC_CONF" not in mine
-
-
-def test_nccls_flight_recorder_is_on_under_both_of_its_names(tmp_path: Path) -> None:
-    found = environment(tmp_path)
-    assert found["TORCH_FR_BUFFER_SIZE"] == found["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
+    assert {key: value for key, value in found.items() if key in OLD | NEW} == expected
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    assert environment(tmp_path, TORCH_FR_BUFFER_SIZE="50")["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "50"
+
+
+def test_what_a_site_has_set_stays_and_is_not_set_by_its_other_name(tmp_path: Path) -> None:
+    given = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "TORCH_NCCL_TRACE_BUFFER_SIZE": "50"}
+    found = environment(tmp_path, **given, TORCH_NCCL_DUMP_ON_TIMEOUT="0")
+    assert {key: value for key, value in found.items() if key in OLD | NEW} == given
+    assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
