@@ -185,7 +185,7 @@ def test_images_drawn_otherwise_are_not_mixed_in(
     assert draw(places, "--per-class", "1", "--out", str(tmp_path)) == 0
     assert json.loads((tmp_path / sample.RECORD).read_text())["cfg"] == 1.5
     assert draw(places, "--per-class", "2", "--cfg", "2", "--seed", "9", "--out", str(tmp_path)) == 2
-    assert "drawn with other cfg, seed" in capsys.readouterr().err
+    assert "drawn with other seed, cfg" in capsys.readouterr().err
     assert len(images(tmp_path)) == CLASSES
 
 
