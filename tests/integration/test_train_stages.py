@@ -197,7 +197,7 @@ def train_cases(world: World, trees: dict[str, dict[str, Any]]) -> dict[str, lis
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("stages", [(0, 1, 2), (3,)])
+@pytest.mark.parametrize("stages", [(0, 1, 2), pytest.param((3,), marks=pytest.mark.slow)])
 def test_every_stage_with_every_recomputation_on_every_number_of_ranks_is_the_same_training(
     tmp_path: Path, trained: Trained, expected: list[float], ranks: int, stages: tuple[int, ...]
 ) -> None:
@@ -214,7 +214,7 @@ def test_every_stage_with_every_recomputation_on_every_number_of_ranks_is_the_sa
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("stages", [(0, 1, 2), (3,)])
+@pytest.mark.parametrize("stages", [(0, 1, 2), pytest.param((3,), marks=pytest.mark.slow)])
 def test_every_stage_with_every_recomputation_trains_the_same_when_compiled(
     tmp_path: Path, trained: Trained, expected: list[float], stages: tuple[int, ...]
 ) -> None:
