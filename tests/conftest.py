@@ -1,6 +1,7 @@
 """Tests run on the CPU, also where there are GPUs: many of them start two processes, which want a GPU each."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,3 +11,13 @@ def pytest_configure(config: pytest.Config) -> None:
     asked_for = config.option.markexpr == "gpu" or any("tests/gpu" in argument for argument in config.args)
     if not asked_for or os.environ.get("MVAR_GPU_TESTS_ON", "cuda") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """A command called inside a test may set what its process needs (`engine.deterministic`): no later test sees it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})

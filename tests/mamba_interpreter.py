@@ -26,6 +26,7 @@ def install() -> None:
     """Make `mamba_ssm` and `causal_conv1d` importable without their compiled extensions. Call before importing them."""
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["MAMBA_DETERMINISTIC"] = "1"  # one configuration for each kernel: nothing is timed to choose one
+    os.environ.pop("TRITON_CACHE_AUTOTUNING", None)  # it would have all of them timed after all
 
     class NoDevice(contextlib.nullcontext[None]):
         def __init__(self, *_: Any) -> None:
