@@ -74,7 +74,7 @@ def chosen(config: TrainConfig) -> list[Finding]:
 def say_choices() -> None:
     """Print the choices for the configuration on stdin, as one line of JSON."""
     from mvar.errors import MvarError
-    from mvar.model.choices import choices
+    from mvar.model.backends import chosen_backends
     from mvar.model.kernels.arithmetic import Arithmetic
 
     config = TrainConfig.model_validate_json(sys.stdin.read())
@@ -82,7 +82,8 @@ def say_choices() -> None:
     engine = config.engine
     try:
         arithmetic = Arithmetic.of(engine.precision, engine.tf32, device)
-        found = {name: str(choice) for name, choice in choices(config.model, arithmetic, engine.compile).items()}
+        backends = chosen_backends(config.model, arithmetic, engine.compile)
+        found = {one.what: str(one).removeprefix(f"{one.what}: ") for one in backends}
     except MvarError as error:
         found = {"error": str(error)}
     print("\n" + json.dumps(found))

@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = [Picture(label, number) for label in classes for number in range(args.per_class)]
     mine = pictures[args.task :: args.tasks]
     few = args.compile == "auto" and (device.type == "cpu" or len(mine) < MANY)
-    fused.switch(fused.choose("off" if few else args.compile, device, model.depth, model.width).name == "on")
+    fused.switch(fused.choose("off" if few else args.compile, device, model.depth, model.width).way == "on")
     batch, graphed = max(1, min(args.batch, len(mine))), device.type == "cuda" and args.graphs == "auto"
     painter = Painter(model, tokenizer, settings, batch, graphed=graphed)
     drawn: dict[Picture, Bytes] = {}

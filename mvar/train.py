@@ -10,14 +10,10 @@ Exit codes: 0 finished, 2 wrong use, 75 stopped on purpose with a checkpoint sav
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from mvar.checkpoint.choosing import retain
 from mvar.checkpoint.saver import Saved, Saver
@@ -26,7 +22,6 @@ from mvar.config import TrainConfig
 from mvar.data.prefetch import Feed
 from mvar.data.stream import Batch, eval_batches
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError
-from mvar.images.arrays import grid, save_png, to_uint8
 from mvar.log import log, rank_hint, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.command import run_training
@@ -37,12 +32,11 @@ from mvar.run.loop import Session, TrainingLoop, claim, due
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
 from mvar.run.world import World, be_patient
-from mvar.sampling.sampler import generate_codes
 from mvar.settings import describe, load
-from mvar.tokenizer.files import load_tokenizer
-from mvar.training.chosen import announce, chosen, computing
+from mvar.training.announcement import announce, chosen
 from mvar.training.console import TransformerLines
 from mvar.training.determinism import make_deterministic
+from mvar.training.drawing import SampleGrid
 from mvar.training.engine import Averages, Engine, LaunchedStep, StepResult
 from mvar.training.job import TrainingJob, prepare
 from mvar.training.mfu import Utilisation
@@ -83,7 +77,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         watchdog.feed("start")
         done = begin(engine, run, job, world, found)
         watchdog.feed("start")
-        announce(world, [*computing(engine.choices, world.device), *chosen(job, world)])
+        announce(world, [*engine.chosen, *chosen(job, world)])
         history.going_on(done)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
         for left in range(config.engine.max_rollbacks, -1, -1):
@@ -134,6 +128,7 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
         super().__init__(session, feed, tracker, job.plan.last_step, job.config.checkpoint.every_steps)
         self.job, self.engine, self.history, self.utilisation = job, engine, history, utilisation
         self.saver = saver
+        self.grid = SampleGrid(job, engine, session.world, self.require_leisure)
         self.stability = Stability(job.config.engine.max_bad_steps, job.config.engine.spike_sigmas)
 
     def launch(self, done: int, batches: Sequence[Batch]) -> LaunchedStep:
@@ -238,72 +233,13 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             self.retain()
 
     def draw(self, done: int) -> None:
-        """A grid of pictures, one class a row, always from the same seeds. Every rank draws its part of the codes.
-
-        A failure is told and costs the picture, not the run. Raises StopAskedError.
-        """
+        """A grid of pictures. A failure is told and costs the picture, not the run. Raises StopAskedError."""
         name = f"samples/step-{done:09d}.png"
-        codes_NL, problem = self.draw_codes()
-        if codes_NL is not None:
-            try:
-                if self.session.world.is_main:
-                    self.decode(codes_NL, name)
-                error = None
-            except Exception as raised:
-                error = raised
-            problem = self.first_problem(error)
+        problem = self.grid.draw(self.session.run.path / name)
         if problem is None:
             self.tracker.write("sample", done, file=name)
         elif self.session.world.is_main:
             log.warning("step %d: no samples were drawn: %s", done, problem)
-
-    def draw_codes(self) -> tuple[torch.Tensor | None, str | None]:
-        """Codes of the whole grid, of which each rank drew its part, or what some rank's problem was; all ranks alike.
-
-        Under ZeRO 3 ranks need each other in every layer, so a rank that fails cannot go on to tell the others: what it
-        raises ends the run.
-        """
-        tracking, classes, world = self.job.config.tracking, self.job.model.num_classes, self.session.world
-        assert classes is not None
-        rows = np.linspace(0, classes - 1, min(tracking.sample_classes, classes)).round().astype(np.int64)
-        labels = rows.repeat(tracking.sample_per_class)
-        share = math.ceil(len(labels) / world.size)
-        # Equally many for every rank, so that collectives pair up; what is too much is thrown away.
-        mine = np.arange(world.rank * share, (world.rank + 1) * share) % len(labels)
-        parts: list[torch.Tensor] = []
-        error: Exception | None = None
-        with self.engine.drawing() as model:
-            for chunk in np.array_split(mine, math.ceil(share / self.job.split.micro_batch)):
-                self.require_leisure()
-                if error is not None:
-                    continue
-                try:
-                    labels_B = torch.from_numpy(labels[chunk])
-                    codes_BL = generate_codes(model, self.engine.objective.quantizer, labels_B, seeds=chunk.tolist())
-                    parts.append(codes_BL.cpu())
-                except Exception as raised:
-                    if self.engine.stage == 3:
-                        raise
-                    error = raised
-        problem = self.first_problem(error)
-        if problem is not None:
-            return None, problem
-        return torch.cat(world.gather(torch.cat(parts)))[: len(labels)], None
-
-    def first_problem(self, error: Exception | None) -> str | None:
-        """What went wrong on the first rank on which something did, for all ranks."""
-        said = self.session.world.gather(None if error is None else f"{type(error).__name__}: {error}")
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None), None)
-
-    def decode(self, codes_NL: torch.Tensor, name: str) -> None:
-        """Write the grid of pictures. On one rank."""
-        path, device = self.job.config.data.tokenizer, self.session.world.device
-        assert path is not None
-        tokenizer = load_tokenizer(path).eval().to(device)
-        with torch.no_grad():
-            decoded = [to_uint8(tokenizer.decode(codes.to(device))) for codes in torch.split(codes_NL, 16)]
-        columns = self.job.config.tracking.sample_per_class
-        save_png(self.session.run.path / name, grid(np.concatenate(decoded), columns=columns))
 
 
 def losses_of(averages: Averages) -> dict[str, object]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from mvar.config import AttentionBackend
 from mvar.errors import BackendError
+from mvar.log import Chosen
 from mvar.model.kernels import fused
-from mvar.model.kernels.optional import Choice, load
+from mvar.model.kernels.optional import load
 from mvar.model.kernels.precision import HALF, Linear, linear, no_autocast, wide
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -83,7 +84,7 @@ class ScaleAttention(nn.Module):
         return out
 
     def _attend(self, qkv_BL3HD: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        chosen = choose(self.backend, dtype, qkv_BL3HD.device, qkv_BL3HD.shape[-1]).name
+        chosen = choose(self.backend, dtype, qkv_BL3HD.device, qkv_BL3HD.shape[-1]).way
         scale_H: Tensor | None = None
         if self.l2_norm:
             scale_H = self.scale_mul_1H11.to(wide(dtype)).clamp_max(MAX_LOG_SCALE).exp().flatten()
@@ -99,13 +100,13 @@ class ScaleAttention(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, head_width: int) -> Choice:
+def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, head_width: int) -> Chosen:
     """The kernels for q, k and v of that kind: `auto` takes one call for all scales where it can, the fastest first.
 
     Raises BackendError where kernels are asked for by name that cannot take these tensors.
     """
     if backend == "sdpa":
-        return Choice("sdpa")
+        return Chosen("attention", "sdpa")
     if backend != "auto":
         if unfit := _unfit(backend, dtype, device, head_width):
             raise BackendError(
@@ -113,14 +114,14 @@ def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, 
                 " model.attention_backend=auto."
             )
         _kernel(backend)
-        return Choice(backend)
+        return Chosen("attention", backend)
     problems = []
     for name, importer in _KERNELS.items():
         problem = _unfit(name, dtype, device, head_width) or load(importer).problem
         if not problem:
-            return Choice(name)
+            return Chosen("attention", name)
         problems.append(problem)
-    return Choice("sdpa", " and ".join(dict.fromkeys(problems)))
+    return Chosen("attention", "sdpa", " and ".join(dict.fromkeys(problems)), slow=device.type == "cuda")
 
 
 def _unfit(name: str, dtype: torch.dtype, device: torch.device, head_width: int) -> str:

@@ -95,7 +95,7 @@ class Mamba2(nn.Module):
         zxbcdt_BLE = self.in_proj(u_BLC)
         with no_autocast(u_BLC):
             chosen = mamba_kernels.choose(self.backend, zxbcdt_BLE.dtype, zxbcdt_BLE.device, tf32_allowed())
-            mix = self._mix_kernels if chosen.name == "mamba_ssm" else self._mix_torch
+            mix = self._mix_kernels if chosen.way == "mamba_ssm" else self._mix_torch
             mixed = mix(zxbcdt_BLE, state)
         out: Tensor = self.out_proj(mixed)
         return out

@@ -28,7 +28,7 @@ from mvar.config import ModelConfig, OptimConfig, TrainConfig
 from mvar.data.stream import Batch
 from mvar.ds_config import BatchSplit
 from mvar.errors import BackendError, ConfigError
-from mvar.model.choices import choices
+from mvar.model.backends import chosen_backends
 from mvar.model.init import Initializer
 from mvar.model.kernels import fused
 from mvar.model.kernels.arithmetic import Arithmetic
@@ -114,9 +114,10 @@ class Engine:
         self.stage = int(tree["zero_optimization"]["stage"])
         arithmetic = Arithmetic.of(config.engine.precision, config.engine.tf32, world.device)
         arithmetic.apply()
-        self.choices = choices(model, arithmetic, config.engine.compile)
-        """How this run computes, by name."""
-        fused.switch(self.choices["compile"].name == "on")
+        self.chosen = chosen_backends(model, arithmetic, config.engine.compile)
+        """How this run computes."""
+        compiling = fused.choose(config.engine.compile, world.device, model.depth, model.resolved_width)
+        fused.switch(compiling.way == "on")
         self._engine, client = self._initialize(tree)
         self._optimizer = client
         self.partition = Partition(self._engine, client, ema=config.optim.ema_decay > 0)

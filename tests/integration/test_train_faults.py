@@ -389,8 +389,9 @@ def undrawable(argv: list[str]) -> int:
     inside the model of all ranks."""
     import mvar.train as module
     from mvar.model.block import Block
+    from mvar.training import drawing as pictures
 
-    generate, save_png, forward = module.generate_codes, module.save_png, Block.forward
+    generate, save_png, forward = pictures.generate_codes, pictures.save_png, Block.forward
     draw: Any = module.TransformerTraining.draw
     now, alone = [0], rank() == 1 and os.environ["STAGE"] != "3"
 
@@ -407,8 +408,8 @@ def undrawable(argv: list[str]) -> int:
     def forwards(self: Any, *arguments: Any, **named: Any) -> Any:
         return fail(now[0] == 15, forward, self, *arguments, **named)
 
-    setattr(module, "generate_codes", lambda *a, **n: fail(alone and now[0] == 5, generate, *a, **n))  # noqa: B010
-    setattr(module, "save_png", lambda *a, **n: fail(now[0] == 10, save_png, *a, **n))  # noqa: B010
+    setattr(pictures, "generate_codes", lambda *a, **n: fail(alone and now[0] == 5, generate, *a, **n))  # noqa: B010
+    setattr(pictures, "save_png", lambda *a, **n: fail(now[0] == 10, save_png, *a, **n))  # noqa: B010
     module.TransformerTraining.draw = drawing  # type: ignore[method-assign]
     Block.forward = forwards  # type: ignore[method-assign]
     return command("mvar.train", argv)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mvar.config import Switch
 from mvar.errors import BackendError
+from mvar.log import Chosen
 from mvar.model.kernels import mamba_ops
 from mvar.model.kernels.launch import usable
-from mvar.model.kernels.optional import Choice, load
+from mvar.model.kernels.optional import load
 from mvar.model.kernels.precision import wide
 
 P = ParamSpec("P")
@@ -59,23 +60,24 @@ def _compiled_form(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def choose(setting: Switch, device: torch.device, depth: int, width: int) -> Choice:
+def choose(setting: Switch, device: torch.device, depth: int, width: int) -> Chosen:
     """Whether chains are to be compiled, "on" or "off": `auto` does where it pays and works.
 
     Raises BackendError where compiling is asked for and does not work here.
     """
     if setting == "off":
-        return Choice("off")
+        return Chosen("compile", "off")
     if setting == "auto" and device.type == "cpu" and (depth < LARGE[0] or width < LARGE[1]):
-        return Choice("off", "the model is small for a CPU")
+        return Chosen("compile", "off", "the model is small for a CPU")
     if problem := load(_try_on_gpu if device.type == "cuda" else _try_on_cpu).problem:
         if setting == "on":
             raise BackendError(
                 f"engine.compile=on: torch.compile does not work here ({problem}). It needs a C++ compiler, and Triton"
                 " on GPUs. Install them, or set engine.compile=auto."
             )
-        return Choice("off", f"torch.compile does not work here ({problem})")
-    return Choice("on")
+        reason = f"torch.compile does not work here ({problem})"
+        return Chosen("compile", "off", reason, slow=device.type == "cuda")
+    return Chosen("compile", "on")
 
 
 def switch(on: bool) -> None:
@@ -105,6 +107,26 @@ def _ours(x: Tensor, *others: Tensor) -> bool:
     return _fused and usable(x, *others, width=x.shape[-1])
 
 
+def _ours_wide(x: Tensor, *others: Tensor) -> bool:
+    """The same for the residual stream, which our kernels take in float32 alone."""
+    return x.dtype == torch.float32 and _ours(x, *others)
+
+
+def _norm_kernel(
+    x_BLC: Tensor,
+    out_BLC: Tensor | None,
+    gate_BC: Tensor | None,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    from mvar.model.kernels import residual_norm_triton
+
+    x_BLC, y_BLC = residual_norm_triton.fused(x_BLC, out_BLC, gate_BC, scale_BC, shift_BC, dtype, NORM_EPS)
+    assert y_BLC is not None
+    return x_BLC, y_BLC
+
+
 def _try_on_cpu() -> None:
     _try(torch.device("cpu"))
 
@@ -130,18 +152,14 @@ def modulated_norm(x_BLC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: tor
 
     Whoever goes on from the x that is returned spares the backward pass an addition of whole activations.
     """
-    if x_BLC.dtype == torch.float32 and dtype != torch.float64 and _ours(x_BLC):
-        from mvar.model.kernels import residual_norm_triton
-
-        x_BLC, y_BLC = residual_norm_triton.fused(x_BLC, None, None, scale_BC, shift_BC, dtype, NORM_EPS)
-        assert y_BLC is not None
-        return x_BLC, y_BLC
+    if dtype != torch.float64 and _ours_wide(x_BLC):
+        return _norm_kernel(x_BLC, None, None, scale_BC, shift_BC, dtype)
     return x_BLC, _modulated_chain(x_BLC, scale_BC, shift_BC, dtype)
 
 
 def residual(x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor) -> Tensor:
     """x + gate * out, wide."""
-    if x_BLC.dtype == torch.float32 and _ours(x_BLC, out_BLC):
+    if _ours_wide(x_BLC, out_BLC):
         from mvar.model.kernels import residual_norm_triton
 
         return residual_norm_triton.fused(x_BLC, out_BLC, gate_BC, None, None, x_BLC.dtype, NORM_EPS)[0]
@@ -152,12 +170,8 @@ def residual_norm(
     x_BLC: Tensor, out_BLC: Tensor, gate_BC: Tensor, scale_BC: Tensor, shift_BC: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`residual`, and the modulated norm of that."""
-    if x_BLC.dtype == torch.float32 and dtype != torch.float64 and _ours(x_BLC, out_BLC):
-        from mvar.model.kernels import residual_norm_triton
-
-        x_BLC, y_BLC = residual_norm_triton.fused(x_BLC, out_BLC, gate_BC, scale_BC, shift_BC, dtype, NORM_EPS)
-        assert y_BLC is not None
-        return x_BLC, y_BLC
+    if dtype != torch.float64 and _ours_wide(x_BLC, out_BLC):
+        return _norm_kernel(x_BLC, out_BLC, gate_BC, scale_BC, shift_BC, dtype)
     return _residual_norm_chain(x_BLC, out_BLC, gate_BC, scale_BC, shift_BC, dtype)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mvar.config import MambaBackend
 from mvar.errors import BackendError
-from mvar.model.kernels.optional import Choice, load
+from mvar.log import Chosen
+from mvar.model.kernels.optional import load
 
 CHUNK = 128
 """Tokens of a chunk. Forward and backward of the fused mixer on an H200 (64 images of 680 tokens, C 1024, bf16): 5.1 ms
@@ -59,7 +60,7 @@ def kernels() -> Kernels:
 
 
 @lru_cache(maxsize=64)
-def choose(backend: MambaBackend, dtype: torch.dtype, device: torch.device, tf32: bool) -> Choice:
+def choose(backend: MambaBackend, dtype: torch.dtype, device: torch.device, tf32: bool) -> Chosen:
     """The kernels for a projection of that kind; `tf32`: whether fp32 products may run in TF32, as the scan's do.
 
     Raises BackendError where kernels are asked for by name that cannot run there.
@@ -71,16 +72,17 @@ def choose(backend: MambaBackend, dtype: torch.dtype, device: torch.device, tf32
                 " Use model.mamba_backend=torch or auto."
             )
         kernels()
-        return Choice("mamba_ssm")
+        return Chosen("mamba", "mamba_ssm")
     if backend == "torch":
-        return Choice("torch")
+        return Chosen("mamba", "torch")
     if device.type != "cuda":
-        return Choice("torch", f"mamba-ssm's kernels need a GPU, and tensors are on {device}")
+        return Chosen("mamba", "torch", f"mamba-ssm's kernels need a GPU, and tensors are on {device}")
     if dtype == torch.float64 or (dtype == torch.float32 and not tf32):
-        return Choice("torch", f"mamba-ssm's scan multiplies {dtype} in TF32".replace("torch.", ""))
+        reason = f"mamba-ssm's scan multiplies {dtype} in TF32".replace("torch.", "")
+        return Chosen("mamba", "torch", reason, slow=True)
     if problem := load(_import).problem:
-        return Choice("torch", f"mamba-ssm and causal-conv1d cannot be imported ({problem})")
-    return Choice("mamba_ssm")
+        return Chosen("mamba", "torch", f"mamba-ssm and causal-conv1d cannot be imported ({problem})", slow=True)
+    return Chosen("mamba", "mamba_ssm")
 
 
 def fusable(zxbcdt_BLE: Tensor) -> bool:

@@ -11,17 +11,6 @@ from mvar.errors import BackendError
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A way of computing that was chosen, and why it is not the faster one; empty where it is."""
-
-    name: str
-    why: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}, because {self.why}" if self.why else self.name
-
-
-@dataclass(frozen=True)
 class Loaded:
     """What an import gave, or why it failed."""
 

@@ -200,10 +200,10 @@ def test_auto_takes_our_kernels_then_torchs_then_flash_attn_then_one_call_a_scal
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert str(choose("auto", torch.bfloat16, GPU, 64)) == "triton"
+    assert choose("auto", torch.bfloat16, GPU, 64).way == "triton"
     choose.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert str(choose("auto", torch.bfloat16, GPU, 64)) == "varlen"
+    assert choose("auto", torch.bfloat16, GPU, 64).way == "varlen"
     with pytest.raises(BackendError, match="compute capability 9"):
         choose("triton", torch.bfloat16, GPU, 64)
     choose.cache_clear()
@@ -211,11 +211,11 @@ def test_auto_takes_our_kernels_then_torchs_then_flash_attn_then_one_call_a_scal
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     told = choose("auto", torch.bfloat16, GPU, 64)
-    assert told.name == "sdpa" and "varlen" in told.why and "flash_attn" in told.why
+    assert told.way == "sdpa" and "varlen" in told.reason and "flash_attn" in told.reason
     choose.cache_clear()
     load.cache_clear()
     install("flash", monkeypatch)
-    assert choose("auto", torch.bfloat16, GPU, 64).name == "flash"
+    assert choose("auto", torch.bfloat16, GPU, 64).way == "flash"
 
 
 @pytest.mark.usefixtures("no_memory")
@@ -233,7 +233,7 @@ def test_what_packed_kernels_cannot_take_goes_one_scale_at_a_time_and_says_why(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index is None else (7, 5))
     told = choose("auto", dtype, device, head_width)
-    assert told.name == "sdpa" and words in told.why
+    assert told.way == "sdpa" and words in told.reason
     with pytest.raises(BackendError, match=words):
         choose("varlen", dtype, device, head_width)
 

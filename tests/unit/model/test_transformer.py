@@ -390,18 +390,18 @@ def test_mamba_kernels_that_cannot_be_imported_are_done_without_and_the_reason_i
     broken.__getattr__ = lambda name: (_ for _ in ()).throw(OSError(f"undefined symbol behind {name}"))  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "causal_conv1d", broken)
     told = mamba_kernels.choose("auto", torch.bfloat16, torch.device("cuda"), True)
-    assert told.name == "torch" and "OSError: undefined symbol" in told.why
+    assert told.way == "torch" and "OSError: undefined symbol" in told.reason
 
 
 @pytest.mark.usefixtures("no_memory")
 def test_mamba_kernels_are_not_taken_where_fp32_means_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(mamba_kernels, "load", lambda _: Loaded(None))
-    assert mamba_kernels.choose("auto", torch.bfloat16, gpu, False).name == "mamba_ssm"
-    assert mamba_kernels.choose("auto", torch.float32, gpu, True).name == "mamba_ssm"
+    assert mamba_kernels.choose("auto", torch.bfloat16, gpu, False).way == "mamba_ssm"
+    assert mamba_kernels.choose("auto", torch.float32, gpu, True).way == "mamba_ssm"
     exact = mamba_kernels.choose("auto", torch.float32, gpu, False)
-    assert exact.name == "torch" and "TF32" in exact.why
-    assert mamba_kernels.choose("auto", torch.bfloat16, torch.device("cpu"), False).name == "torch"
+    assert exact.way == "torch" and "TF32" in exact.reason
+    assert mamba_kernels.choose("auto", torch.bfloat16, torch.device("cpu"), False).way == "torch"
 
 
 @pytest.mark.usefixtures("no_memory")

@@ -96,14 +96,14 @@ def test_a_switch_decides_for_all_chains(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_auto_compiles_where_it_pays_and_works_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(fused.choose("auto", CPU, 4, 256)) == "off, because the model is small for a CPU"
+    assert str(fused.choose("auto", CPU, 4, 256)) == "compile: off, because the model is small for a CPU"
     monkeypatch.setattr(fused, "load", lambda _: Loaded(None))
-    assert fused.choose("auto", CPU, 12, 768).name == "on"
-    assert fused.choose("on", CPU, 1, 32).name == "on"
-    assert fused.choose("auto", torch.device("cuda"), 1, 32).name == "on"
+    assert fused.choose("auto", CPU, 12, 768).way == "on"
+    assert fused.choose("on", CPU, 1, 32).way == "on"
+    assert fused.choose("auto", torch.device("cuda"), 1, 32).way == "on"
     monkeypatch.setattr(fused, "load", lambda _: Loaded(None, "no compiler"))
     for setting in ("auto", "off"):
-        assert fused.choose(setting, CPU, 12, 768).name == "off"
+        assert fused.choose(setting, CPU, 12, 768).way == "off"
     assert "no compiler" in str(fused.choose("auto", torch.device("cuda"), 12, 768))
     with pytest.raises(BackendError, match=r"engine\.compile=on.*no compiler"):
         fused.choose("on", CPU, 12, 768)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from mvar.log import Chosen, log, tell
-from mvar.model.choices import DTYPES
-from mvar.model.kernels.optional import Choice
+from mvar.model.backends import DTYPES
 from mvar.model.kernels.precision import product_dtype
 from mvar.run.world import World, cores
 from mvar.training.job import TrainingJob
@@ -23,12 +22,6 @@ def chosen(job: TrainingJob, world: World) -> list[Chosen]:
     peak = chosen_peak(job.config.tracking.peak_tflops, world.device)
     own = [products(job.config.engine.precision, world.device), micro_batch(job), threads(job, world)]
     return [*own, *([peak] if peak is not None else [])]
-
-
-def computing(choices: Mapping[str, Choice], device: torch.device) -> list[Chosen]:
-    """How the model computes (`Engine.choices`). What a GPU could do faster is loud; a CPU has no choice."""
-    on_gpu = device.type == "cuda"
-    return [Chosen(what, choice.name, choice.why, slow=on_gpu and bool(choice.why)) for what, choice in choices.items()]
 
 
 def products(precision: str, device: torch.device) -> Chosen:

@@ -17,8 +17,8 @@ from mvar.run.launcher import Place
 from mvar.run.world import World
 from mvar.testing.code_stores import make_store
 from mvar.testing.tiny_runs import config
-from mvar.training import chosen as module
-from mvar.training.chosen import announce, chosen
+from mvar.training import announcement as module
+from mvar.training.announcement import announce, chosen
 from mvar.training.job import prepare
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
