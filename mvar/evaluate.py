@@ -1,73 +1,65 @@
-"""`mvar evaluate`: how good are samples, next to real images.
+"""`mvar evaluate`: how good samples are, next to real images, and how every figure was made.
 
-Prints a classifier's accuracy on samples and on held-out real images, Frechet and kernel distance between samples and
-held-out images with the floor beside them (as many real training images against the same held-out ones), precision
-and recall. The classifier is trained here on the real training images, or read from a file.
+    mvar evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --features inception-2015-12-05.pt
+    mvar evaluate --samples samples --store codes --images imagenet --reference statistics.npz --features inception.pt
+    mvar evaluate --samples samples --images digits --classifier classifier.safetensors --size 32
+
+Prints FID, sFID, Inception Score, KID, precision and recall (with Inception's features; otherwise FD-efflite0, KID,
+precision and recall), each with its error and with what real images score. --classifier is for small pictures: a
+classifier trained on the real ones judges the samples. docs/evaluate.md explains the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from mvar.cli import run_command
-from mvar.errors import ImageError, MvarError
-from mvar.evaluation.classifier import Classifier, fit, judge, load_classifier, save_classifier
-from mvar.evaluation.fidelity import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
-from mvar.files.disk import write_text
-from mvar.images.arrays import Bytes
-from mvar.images.pixels import Orientation, Rules
-from mvar.images.sources import ImageFolder, say_notes
-from mvar.images.views import RESIZE, centre_view
+from mvar.errors import ConfigError, MvarError
+from mvar.evaluation import judging, told
+from mvar.evaluation.classifier import fit, load_classifier, save_classifier
+from mvar.evaluation.extractors import Extractor, open_extractor
+from mvar.evaluation.features import extract
+from mvar.evaluation.fidelity import NEIGHBOURS
+from mvar.evaluation.figures import PARTS, all_figures
+from mvar.evaluation.judging import LabelledImages
+from mvar.evaluation.pictures import CentreView, Pictures, SkipBad, samples_of
+from mvar.evaluation.real import RealImages, add_arguments
+from mvar.evaluation.reference import Reference, make_reference, read_reference
+from mvar.files.disk import cannot_write, write_text
+from mvar.files.json_lines import append
 from mvar.log import log
-from mvar.sample import CLASSES, RECORD
+from mvar.sample import CLASSES, RECORD, pick_device
+
+EVALUATIONS = "evaluations.jsonl"
+"""In a run's folder: a flat object for each evaluation of its samples."""
+SIZE_JUDGED = 32
+HELD_OUT = 0.1
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """uint8 (N, size, size, 3) and int64 (N,)."""
-
-    images_NHWC: Bytes
-    labels_N: Tensor
-
-
-def read_split(folder: ImageFolder, split: str, size: int, resize: float) -> LabelledImages:
-    """The centre view of every image of a split (resize: see mvar.images.views)."""
-    items = folder.splits[split]
-    if not items:
-        raise ImageError(f"images {folder.root}: nothing is held out. Set --val-fraction, or add a val/ folder.")
-    views = [centre_view(folder.reader(item.path), size, resize) for item in items]
-    return LabelledImages(np.stack(views), torch.tensor([item.label for item in items]))
+def record_beside(samples: Path) -> dict[str, Any] | None:
+    """What samples were drawn with, as far as it was noted beside them."""
+    places = [samples / RECORD, samples.with_suffix(".json"), samples.parent / RECORD]
+    for place in places if samples.is_dir() else places[1:]:
+        try:
+            tree = json.loads(place.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(tree, dict):
+            return tree
+    return None
 
 
-def read_samples(path: Path, size: int) -> LabelledImages:
-    """Samples as `mvar sample` writes them: sub-folders named by class number. Raises ImageError."""
-    folder = ImageFolder(path)
-    if not all(name.isdigit() for name in folder.classes):
-        raise ImageError(
-            f"samples {path}: sub-folders must be class numbers, got {list(folder.classes[:5])}. Point --samples at"
-            " the folder that `mvar sample --out` wrote."
-        )
-    found = read_split(folder, "train", size, resize=1.0)
-    numbers = torch.tensor([int(name) for name in folder.classes])
-    return LabelledImages(found.images_NHWC, numbers[found.labels_N])
-
-
-def differing_names(samples: Path, classes: Sequence[str]) -> list[str]:
+def differing_names(samples: Path, drawn: dict[str, Any] | None, classes: Sequence[str]) -> list[str]:
     """A line if classes of one number were called otherwise where the samples were drawn, as far as that is known."""
-    try:
-        drawn = json.loads((samples / RECORD).read_text())[CLASSES]
-    except (OSError, ValueError, KeyError, TypeError):
+    names = (drawn or {}).get(CLASSES)
+    if not isinstance(names, list):
         return []
-    pairs = enumerate(zip(drawn, classes, strict=False))
+    pairs = enumerate(zip(names, classes, strict=False))
     differing = [(label, ours, theirs) for label, (ours, theirs) in pairs if ours not in (theirs, str(label))]
     if not differing:
         return []
@@ -78,106 +70,194 @@ def differing_names(samples: Path, classes: Sequence[str]) -> list[str]:
     ]
 
 
-def compare(
-    classifier: Classifier, samples: LabelledImages, train: LabelledImages, val: LabelledImages
-) -> dict[str, float]:
-    """All figures. The floor uses as many training images as there are samples, evenly spaced over the folder."""
-    chosen = np.linspace(0, len(train.labels_N) - 1, min(len(samples.labels_N), len(train.labels_N))).astype(np.int64)
-    probabilities_NK, samples_NF = judge(classifier, samples.images_NHWC)
-    real_probabilities_MK, val_MF = judge(classifier, val.images_NHWC)
-    _, floor_NF = judge(classifier, train.images_NHWC[chosen])
-    overlap = precision_recall(samples_NF, val_MF)
-    floor_overlap = precision_recall(floor_NF, val_MF)
-    return {
-        "classifier_accuracy_samples": _accuracy(probabilities_NK, samples.labels_N),
-        "classifier_accuracy_real": _accuracy(real_probabilities_MK, val.labels_N),
-        "frechet_samples": frechet_distance(samples_NF, val_MF),
-        "frechet_floor": frechet_distance(floor_NF, val_MF),
-        "kernel_samples": kernel_distance(samples_NF, val_MF),
-        "kernel_floor": kernel_distance(floor_NF, val_MF),
-        "precision_samples": overlap.precision,
-        "precision_floor": floor_overlap.precision,
-        "recall_samples": overlap.recall,
-        "recall_floor": floor_overlap.recall,
-        "class_score_samples": inception_score(probabilities_NK),
-        "class_score_real": inception_score(real_probabilities_MK),
-        "samples": float(len(samples.labels_N)),
-        "held_out": float(len(val.labels_N)),
+def require_enough(pictures: Pictures) -> None:
+    """Raises MvarError where precision and recall could not be computed at all."""
+    if len(pictures) <= NEIGHBOURS:
+        raise MvarError(
+            f"{pictures.where}: {len(pictures)} images; precision and recall need more than {NEIGHBOURS}, and figures"
+            " worth reading need thousands. Draw more (--per-class)."
+        )
+
+
+# --- as papers do it -------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and write; returns what is written as JSON. Raises MvarError."""
+    device = pick_device(args.device)
+    bad = SkipBad(args.skip_bad)
+    pictures = samples_of(args.samples, bad)
+    require_enough(pictures)
+    drawn = record_beside(args.samples)
+    extractor = open_extractor(args.features, device)
+    reference = the_reference(args, extractor, pictures.size)
+    where = str(args.reference or reference.context["made_of"])
+    reference.require_like(extractor, pictures.size, f"reference {where}")
+    require_several_classes(pictures, reference)
+    samples = extract(pictures, extractor, batch=args.batch, parts=PARTS, classes=True)
+    spatial = None if samples.spatial_P is None else samples.spatial_P[0].gaussian().mean_F.shape[0]
+    reference.require_width(samples.features_NF.shape[1], spatial, f"reference {where}")
+    figures = all_figures(samples, reference, device, pictures.where, parts=args.parts, floor=args.floor)
+    identity = extractor.identity
+    warnings = told.caveats(samples, reference, identity, drawn)
+    if identity.inception and samples.spatial_P is None:
+        warnings.append("sFID is left out: the TorchScript file gives no spatial features; torch-fidelity's .pth does.")
+    elif samples.spatial_P is not None and reference.spatial is None:
+        warnings.append("sFID is left out: the reference has no statistics of spatial features (mu_s, sigma_s).")
+    places = {
+        "samples_path": str(args.samples),
+        "reference_path": None if args.reference is None else str(args.reference),
+        "size_px": list(pictures.size),
+        "left_out": bad.left_out,
+        "warnings": warnings,
     }
+    context = told.context_of(samples, reference, identity, drawn, places, args.parts)
+    print(told.screen(figures, context, warnings, identity))
+    payload = {"name": "evaluate", "figures": told.keys(figures, identity), "goals": {}, "context": context}
+    note_in_run(args, payload)
+    return payload
 
 
-def _accuracy(probabilities_NK: Tensor, labels_N: Tensor) -> float:
-    return float((probabilities_NK.argmax(dim=1) == labels_N).double().mean())
+def the_reference(args: argparse.Namespace, extractor: Extractor, size: tuple[int, int]) -> Reference:
+    """Read, or made of the real images and kept where --reference says."""
+    if args.reference is not None and args.reference.exists():
+        if args.store is not None or args.images is not None:
+            log.info("reference %s stands: --images and --store are not read", args.reference)
+        return read_reference(args.reference, extractor, batch=args.batch)
+    if args.images is None:
+        missing = "" if args.reference is None else f" ({args.reference} does not exist)"
+        raise ConfigError(
+            f"--reference: give an .npz{missing}, or the real images that one is made of: --images, and --store if "
+            "they were tokenized."
+        )
+    if size[0] != size[1]:
+        raise ConfigError(f"--samples: pictures of {size[0]} x {size[1]} px; real images are cut to squares.")
+    real = RealImages.of(args, size[0])
+    if real.size != size[0]:
+        raise ConfigError(
+            f"--samples has pictures of {size[0]} px, the real images are cut to {real.size} px. A resize changes "
+            "figures: compare samples of a model with the images of its own size."
+        )
+    made = make_reference(
+        real,
+        extractor,
+        args.split or "train",
+        count=args.reference_images,
+        batch=args.batch,
+        bad=SkipBad(args.skip_bad),
+    )
+    if args.reference is None:
+        log.info("the reference is not kept; --reference FILE.npz would keep it for the next evaluation")
+    else:
+        made.write(args.reference)
+        log.info("wrote %s", args.reference)
+        made = read_reference(args.reference, extractor, batch=args.batch)
+    return made
 
 
-def table(figures: dict[str, float]) -> str:
-    """The figures for people: samples in one column, real images in the other."""
-    rows = [
-        ("classifier accuracy", "classifier_accuracy_samples", "classifier_accuracy_real", "{:.1%}"),
-        ("Frechet distance", "frechet_samples", "frechet_floor", "{:.3f}"),
-        ("kernel distance", "kernel_samples", "kernel_floor", "{:.4f}"),
-        ("precision", "precision_samples", "precision_floor", "{:.3f}"),
-        ("recall", "recall_samples", "recall_floor", "{:.3f}"),
-        ("class score", "class_score_samples", "class_score_real", "{:.2f}"),
-    ]
-    lines = [f"{'':22}{'samples':>10}{'real':>10}"]
-    lines += [f"{name:22}{form.format(figures[a]):>10}{form.format(figures[b]):>10}" for name, a, b, form in rows]
-    return "\n".join(lines)
+def require_several_classes(pictures: Pictures, reference: Reference) -> None:
+    """Raises MvarError where samples of one class would be compared with images of several."""
+    labels_N = pictures.labels_N
+    if labels_N is not None and (reference.classes or 0) > 1 and int(labels_N.min()) == int(labels_N.max()):
+        raise MvarError(
+            f"{pictures.where}: all of class {int(labels_N[0])}, and the reference has {reference.classes} classes. "
+            "Draw all classes (--classes all), or make a reference of that class alone."
+        )
+
+
+def note_in_run(args: argparse.Namespace, payload: dict[str, Any]) -> None:
+    """Add the figures to a run's evaluations, for `mvar report`."""
+    if args.run is None:
+        return
+    if not args.run.is_dir():
+        raise ConfigError(f"--run {args.run}: no such folder. Give the run that the samples were drawn from.")
+    context = payload["context"]
+    drawn = context["drawn_with"] or {}
+    step = args.step if args.step is not None else drawn.get("step")
+    if not isinstance(step, int):
+        raise ConfigError("--run: say which checkpoint the samples are of (--step N); their record does not.")
+    line = {"step": step, "images": context["samples"], **payload["figures"], "time_s": round(time.time(), 1)}
+    line |= {"weights": drawn.get("weights"), "cfg": drawn.get("cfg")}
+    line |= {"features": context["features"]["name"], "features_sha256": context["features"]["sha256"]}
+    line |= {"reference_sha256": context["reference_sha256"], "samples_sha256": context["samples_sha256"]}
+    path = args.run / EVALUATIONS
+    try:
+        append(path, line)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+# --- the demo's classifier -------------------------------------------------------------------------------------------
+
+
+def judge(args: argparse.Namespace) -> dict[str, Any]:
+    """Train or read a classifier and let it judge; returns what is written as JSON. Raises MvarError."""
+    real = RealImages.of(args, SIZE_JUDGED, val_fraction=HELD_OUT)
+    bad = SkipBad(args.skip_bad)
+    pictures = samples_of(args.samples, bad, cut=CentreView(real.size, 1.0))
+    require_enough(pictures)
+    samples = LabelledImages.read(pictures)
+    classes = real.source.classes
+    if int(samples.labels_N.max()) >= len(classes):
+        raise MvarError(
+            f"--samples {args.samples} has class {int(samples.labels_N.max())}, but {args.images} has"
+            f" {len(classes)} classes. Compare with the images that the model was trained on."
+        )
+    for line in differing_names(args.samples, record_beside(args.samples), classes):
+        log.warning("%s", line)
+    train, val = (LabelledImages.read(real.pictures(split, None, bad)) for split in ("train", "val"))
+    file = Path(args.classifier) if args.classifier else None
+    if file is not None and file.exists():
+        classifier = load_classifier(file, len(classes)).to(pick_device(args.device))
+    else:
+        log.info("training a classifier on %d images, %d epochs", len(train.labels_N), args.epochs)
+        device = pick_device(args.device)
+        classifier = fit(train.images_NHWC, train.labels_N, len(classes), epochs=args.epochs, device=device)
+        if file is not None:
+            save_classifier(file, classifier)
+    figures = judging.compare(classifier, samples, train, val)
+    print(judging.table(figures))
+    context = {"size_px": real.size, "samples": str(args.samples), "images": str(args.images), **real.describe()}
+    return {"name": "evaluate", "figures": figures, "goals": {}, "context": context}
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mvar evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--samples",
+        type=Path,
+        required=True,
+        help="folder of `mvar sample --out`, tars, or an .npz of pictures (arr_0)",
+    )
+    add("--reference", type=Path, help=".npz of ADM or of `mvar reference`; made of --images if it does not exist")
+    add("--features", type=Path, help="Inception's file: TorchScript, or torch-fidelity's .pth (default: efflite0)")
+    add("--reference-images", type=int, metavar="N", help="real images that a new reference is made of (default: all)")
+    add("--parts", type=int, default=PARTS, help=f"parts of the samples that errors come from (default {PARTS})")
+    add("--no-floor", dest="floor", action="store_false", help="leave out what real images score")
+    add("--batch", type=int, default=64, help="pictures in the network at once (default 64)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
+    add("--json", type=Path, help="write the figures, and how they were made, here")
+    add("--run", type=Path, help=f"run folder: add the figures to its {EVALUATIONS}, for `mvar report`")
+    add("--step", type=int, help="with --run: checkpoint that the samples were drawn from")
+    add_arguments(parser)
+    small = parser.add_argument_group("small pictures")
+    small.add_argument(
+        "--classifier", nargs="?", const="", metavar="FILE", help="judge by a classifier: read from FILE, or trained"
+    )
+    small.add_argument("--epochs", type=int, default=8, help="passes over the training images (default 8)")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mvar evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--samples", type=Path, required=True, help="folder written by `mvar sample --out`")
-    parser.add_argument("--images", type=Path, required=True, help="class folders of the real images")
-    parser.add_argument(
-        "--val-fraction", type=float, default=0.1, help="share held out where there is no val/ folder (default 0.1)"
-    )
-    parser.add_argument(
-        "--resize", type=float, default=RESIZE, help=f"shorter side before the crop, in sizes (default {RESIZE})"
-    )
-    parser.add_argument(
-        "--orientation",
-        choices=get_args(Orientation),
-        default="stored",
-        help="exif: turn real images as their EXIF data say, if the store was made so (default stored)",
-    )
-    parser.add_argument("--size", type=int, default=32, help="pixels the classifier sees (default 32)")
-    parser.add_argument("--classifier", type=Path, help="weights file: read if it exists, else trained and written")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images (default 8)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args(argv)
-
-    folder = ImageFolder(args.images, val_fraction=args.val_fraction, rules=Rules(orientation=args.orientation))
-    say_notes(folder)
-    num_classes = len(folder.classes)
-    samples = read_samples(args.samples, args.size)
-    if len(samples.labels_N) <= NEIGHBOURS:
-        raise MvarError(
-            f"--samples {args.samples} holds {len(samples.labels_N)} images; precision and recall need more than"
-            f" {NEIGHBOURS}, and figures worth reading need hundreds. Draw more (--per-class)."
-        )
-    if int(samples.labels_N.max()) >= num_classes:
-        raise MvarError(
-            f"--samples {args.samples} has class {int(samples.labels_N.max())}, but {args.images} has"
-            f" {num_classes} classes. Compare with the images that the model was trained on."
-        )
-    for line in differing_names(args.samples, folder.classes):
-        log.warning("%s", line)
-    train, val = (read_split(folder, split, args.size, args.resize) for split in ("train", "val"))
-    if args.classifier is not None and args.classifier.exists():
-        classifier = load_classifier(args.classifier, num_classes)
-    else:
-        log.info("training a classifier on %d images, %d epochs", len(train.labels_N), args.epochs)
-        classifier = fit(train.images_NHWC, train.labels_N, num_classes, epochs=args.epochs)
-        if args.classifier is not None:
-            save_classifier(args.classifier, classifier)
-    figures = compare(classifier, samples, train, val)
-    print(table(figures))
+    args = arguments().parse_args(argv)
+    for name in ("batch", "parts", "epochs"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name}: expected a whole number from 1.")
+    payload = evaluate(args) if args.classifier is None else judge(args)
     if args.json is not None:
-        context = {"size_px": args.size, "samples": str(args.samples), "images": str(args.images)}
-        payload = {"name": "evaluate", "figures": figures, "goals": {}, "context": context}
         write_text(args.json, json.dumps(payload, indent=1) + "\n")
     return 0
 

@@ -39,10 +39,18 @@ class Classifier(nn.Module):
         return logits
 
 
-def fit(images_BHWC: Bytes, labels_B: Tensor, num_classes: int, *, epochs: int = 8, seed: int = 0) -> Classifier:
-    """Train on uint8 images and int64 labels, shifted by up to 2 px. The same seed gives the same weights."""
+def fit(
+    images_BHWC: Bytes,
+    labels_B: Tensor,
+    num_classes: int,
+    *,
+    epochs: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """Train on uint8 images and int64 labels, shifted by up to 2 px. The same seed gives the same weights on a CPU."""
     torch.manual_seed(seed)
-    model = Classifier(num_classes)
+    model = Classifier(num_classes).to(device)
     batch = 64
     steps = epochs * max(1, len(labels_B) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -54,9 +62,11 @@ def fit(images_BHWC: Bytes, labels_B: Tensor, num_classes: int, *, epochs: int =
         if start < batch:
             order = order[torch.randperm(len(order), generator=generator)]
         chosen = order[start : start + batch]
-        images = from_uint8(images_BHWC[chosen.numpy()]).contiguous(memory_format=torch.channels_last)
+        images = from_uint8(images_BHWC[chosen.numpy()]).to(device).contiguous(memory_format=torch.channels_last)
         dy, dx = (int(torch.randint(-2, 3, (), generator=generator)) for _ in range(2))
-        loss = F.cross_entropy(model(images.roll((dy, dx), dims=(2, 3))), labels_B[chosen], label_smoothing=0.05)
+        loss = F.cross_entropy(
+            model(images.roll((dy, dx), dims=(2, 3))), labels_B[chosen].to(device), label_smoothing=0.05
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -66,17 +76,17 @@ def fit(images_BHWC: Bytes, labels_B: Tensor, num_classes: int, *, epochs: int =
 
 @torch.no_grad()
 def judge(model: Classifier, images_BHWC: Bytes, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Class probabilities (B, K) and features (B, 128) of uint8 images (B, H, W, 3), float32."""
+    """Class probabilities (B, K) and features (B, 128) of uint8 images (B, H, W, 3), float32, on the CPU."""
     model.eval()
-    features = torch.cat(
-        [model.features(from_uint8(images_BHWC[i : i + batch])) for i in range(0, len(images_BHWC), batch)]
-    )
-    return model.head(features).softmax(dim=1), features
+    device = model.head.weight.device
+    blocks = [images_BHWC[begin : begin + batch] for begin in range(0, len(images_BHWC), batch)]
+    features = torch.cat([model.features(from_uint8(block).to(device)) for block in blocks])
+    return model.head(features).softmax(dim=1).cpu(), features.cpu()
 
 
 def save_classifier(path: Path, model: Classifier) -> None:
     """Write weights as safetensors; the number of classes is the head's."""
-    write_file(path, save({name: value.contiguous() for name, value in model.state_dict().items()}))
+    write_file(path, save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}))
 
 
 def load_classifier(path: Path, num_classes: int) -> Classifier:
