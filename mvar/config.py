@@ -187,6 +187,18 @@ class TrackingConfig(Section):
     sample_every: NonNegativeInt = Field(0, description="steps between sample grids; 0: none")
     sample_classes: PositiveInt = Field(8, description="rows of a sample grid")
     sample_per_class: PositiveInt = Field(8, description="columns of a sample grid")
+    evaluate_every: NonNegativeInt = Field(
+        0, description="steps between evaluations of drawn images against real ones; 0: none"
+    )
+    evaluate_images: PositiveInt = Field(
+        2000, description="images drawn for an evaluation, over all ranks and classes evenly"
+    )
+    evaluate_reference: Path | None = Field(
+        None, description="real images' statistics, as mvar reference or the ADM suite writes them"
+    )
+    evaluate_features: Path | None = Field(
+        None, description="Inception's file, as for mvar evaluate --features; default: EfficientNet-Lite0"
+    )
     peak_tflops: PeakSetting = Field(
         "auto", description="of one GPU, for MFU: auto knows it by name; measure: torch.matmul at the start"
     )

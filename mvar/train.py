@@ -38,6 +38,7 @@ from mvar.training.console import TransformerLines
 from mvar.training.determinism import make_deterministic
 from mvar.training.drawing import SampleGrid
 from mvar.training.engine import Averages, Engine, LaunchedStep, StepResult
+from mvar.training.evaluating import SampleFigures
 from mvar.training.job import TrainingJob, prepare
 from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
@@ -129,6 +130,9 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
         self.job, self.engine, self.history, self.utilisation = job, engine, history, utilisation
         self.saver = saver
         self.grid = SampleGrid(job, engine, session.world, self.require_leisure)
+        self.figures: SampleFigures | None = None
+        if job.config.tracking.evaluate_every:
+            self.figures = SampleFigures(job, engine, session.world, self.require_leisure)
         self.stability = Stability(job.config.engine.max_bad_steps, job.config.engine.spike_sigmas)
 
     def launch(self, done: int, batches: Sequence[Batch]) -> LaunchedStep:
@@ -151,6 +155,8 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             looks.add("val")
         if tracking.sample_every and (ending or due(done, tracking.sample_every)):
             looks.add("sample")
+        if tracking.evaluate_every and (ending or due(done, tracking.evaluate_every)):
+            looks.add("evaluation")
         return looks
 
     def look(self, done: int, looks: set[str]) -> None:
@@ -158,6 +164,8 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             self.validate(done)
         if "sample" in looks:
             self.draw(done)
+        if "evaluation" in looks:
+            self.evaluate(done)
 
     def save(self, done: int, *, last: bool) -> None:
         self.note(self.saver.save(self.engine.progress(done), last=last))
@@ -240,6 +248,17 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             self.tracker.write("sample", done, file=name)
         elif self.session.world.is_main:
             log.warning("step %d: no samples were drawn: %s", done, problem)
+
+    def evaluate(self, done: int) -> None:
+        """Figures of drawn pictures. A failure is told and costs the figures, not the run. Raises StopAskedError."""
+        assert self.figures is not None
+        watch = Stopwatch()
+        figures, problem = self.figures.measure(done)
+        if problem is None:
+            images = self.job.config.tracking.evaluate_images
+            self.tracker.write("evaluation", done, images=images, **figures, seconds=watch.seconds())
+        elif self.session.world.is_main:
+            log.warning("step %d: samples were not evaluated: %s", done, problem)
 
 
 def losses_of(averages: Averages) -> dict[str, object]:

@@ -5,7 +5,7 @@
     pt_inception-2015-12-05...pth   through torch-fidelity (an optional package): spatial features too
     nothing                      EfficientNet-Lite0 of packages that hold its weights: never called FID
 
-Nothing is downloaded, and nothing is unpickled but tensors. A TorchScript file is a program, which runs when it is
+Features are IEEE fp32. Nothing is downloaded, and nothing is unpickled but tensors. A TorchScript file is a program, which runs when it is
 loaded: give none that you would not run.
 
 Legend: B pictures, H, W pixels, F features, S spatial features, K classes.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mvar.errors import MvarError
 from mvar.files.disk import sha256_of
+from mvar.model.kernels.arithmetic import ieee
 
 INCEPTION_FEATURES = 2048
 INCEPTION_CLASSES = (1000, 1008)
@@ -70,8 +71,6 @@ class Extractor(Protocol):
 
 def open_extractor(path: Path | None, device: torch.device) -> Extractor:
     """The extractor in a file, or without one EfficientNet-Lite0. Raises MvarError."""
-    if device.type == "cuda":  # Features are IEEE fp32.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if path is None:
         return EfficientNetLite(device)
     if not path.is_file():
@@ -103,6 +102,10 @@ class TorchScript:
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
+        with ieee(self._device):
+            return self._extracted(images_BHWC, classes)
+
+    def _extracted(self, images_BHWC: Tensor, classes: bool) -> Extracted:
         images_BCHW = images_BHWC.to(self._device).permute(0, 3, 1, 2).contiguous()
         if "return_features" not in self._names:
             return Extracted(self._checked(self._module(images_BCHW), len(images_BHWC)))
@@ -156,7 +159,8 @@ class TorchFidelity:
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
         self._spatial.clear()
-        features_BF, logits_BK = self._network(images_BHWC.to(self._device).permute(0, 3, 1, 2).contiguous())
+        with ieee(self._device):
+            features_BF, logits_BK = self._network(images_BHWC.to(self._device).permute(0, 3, 1, 2).contiguous())
         spatial_BS = self._spatial.pop().permute(0, 2, 3, 1).flatten(1).float()  # Rows of pixels, as ADM's statistics.
         return Extracted(features_BF.float(), logits_BK.float().softmax(dim=1) if classes else None, spatial_BS)
 
@@ -192,7 +196,8 @@ class EfficientNetLite:
         images_BCHW = images_BHWC.to(self._device).permute(0, 3, 1, 2).float()
         if images_BCHW.shape[-2:] != (self.SIDE, self.SIDE):
             images_BCHW = F.interpolate(images_BCHW, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
-        maps = self._network.extract_features((images_BCHW - 127) / 128)
+        with ieee(self._device):
+            maps = self._network.extract_features((images_BCHW - 127) / 128)
         return Extracted(maps.mean(dim=(2, 3)).float())
 
 

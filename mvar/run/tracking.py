@@ -6,6 +6,7 @@ metrics.jsonl has one JSON object a line. All have `kind`, `step` (optimizer ste
                 step_s, wait_s (of it, waiting for data), memory_gib; bad_samples, loss_scale and mfu where they apply
     val         images, loss, loss_per_scale, accuracy, accuracy_per_scale
     sample      file (relative to the run folder)
+    evaluation  images, seconds, and figures of drawn pictures: fid | fd_efflite0, kid, precision, recall, ..., *_error
     checkpoint  seconds (from its beginning until it existed), stall_s (of it, training stood still)
     spike       reason, worst_samples: a loss or gradient far above the usual; the update was made
     not_saved   error: a checkpoint that failed, where the run goes on without it

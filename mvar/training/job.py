@@ -59,8 +59,11 @@ def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> TrainingJob
         )
     model = config.model.model_copy(update={"num_classes": classes})
     require_room(config, model, tree["zero_optimization"], ranks, ranks_here)
-    if config.tracking.sample_every:
-        check_tokenizer(config, store)
+    if config.tracking.evaluate_every and config.tracking.evaluate_reference is None:
+        raise ConfigError("tracking.evaluate_every needs tracking.evaluate_reference, a file that mvar reference made.")
+    for name in ("sample_every", "evaluate_every"):
+        if getattr(config.tracking, name):
+            check_tokenizer(config, store, f"tracking.{name}")
     return TrainingJob(
         config=config,
         model=model,
@@ -72,17 +75,17 @@ def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> TrainingJob
     )
 
 
-def check_tokenizer(config: TrainConfig, store: CodeStore) -> None:
+def check_tokenizer(config: TrainConfig, store: CodeStore, asked_by: str) -> None:
     path = config.data.tokenizer
     if path is None:
-        raise ConfigError("tracking.sample_every needs data.tokenizer, the tokenizer that the store was made with.")
+        raise ConfigError(f"{asked_by} needs data.tokenizer, the tokenizer that the store was made with.")
     if not path.is_file():
         raise TokenizerError(f"data.tokenizer {path}: no such file. Give the tokenizer that the store was made with.")
     ours, theirs = sha256_of(path), store.manifest.tokenizer.sha256
     if ours != theirs:
         raise TokenizerError(
             f"data.tokenizer {path} (sha256 {ours[:12]}) did not make the code store {store.folder} ({theirs[:12]})."
-            " Its pictures would be noise. Give the one that did, or set tracking.sample_every=0."
+            f" Its pictures would be noise. Give the one that did, or set {asked_by}=0."
         )
 
 

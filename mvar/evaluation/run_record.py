@@ -1,0 +1,39 @@
+"""What is known of a run's samples: evaluations.jsonl in its folder, a flat object for each evaluation.
+
+step, images, fid | fd_efflite0 | fd, kid, precision, ... with *_error and *_floor, and how they were made
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mvar.evaluation.extractors import Identity
+from mvar.evaluation.reference import Reference
+from mvar.files.disk import cannot_write
+from mvar.files.json_lines import append
+
+EVALUATIONS = "evaluations.jsonl"
+
+
+def add_evaluation(
+    run: Path,
+    step: int,
+    images: int,
+    figures: Mapping[str, float],
+    identity: Identity,
+    reference: Reference,
+    drawn: Mapping[str, Any],
+) -> None:
+    """Add a line. `figures`: see `told.keys`; `drawn`: weights, options and digests, as far as known.
+
+    Raises WriteError.
+    """
+    line = {"step": step, "images": images, **figures, "time_s": round(time.time(), 1), **drawn}
+    line |= {"features": identity.name, "features_sha256": identity.sha256, "reference_sha256": reference.sha256}
+    try:
+        append(run / EVALUATIONS, line)
+    except OSError as error:
+        raise cannot_write(run / EVALUATIONS, error) from None
