@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": ("data_prep.verify", "check a code store"),
     "plan": ("mvar.plan.command", "memory, time and checkpoints of a training, before it is started"),
     "sample": ("mvar.sample", "draw images from a trained model"),
+    "merge-samples": ("mvar.merge_samples", "the samples of a job as one .npz"),
     "evaluate": ("mvar.evaluate", "compare samples with real images"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
     "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),

@@ -28,7 +28,7 @@ from mvar.images.pixels import Orientation, Rules
 from mvar.images.sources import ImageFolder, say_notes
 from mvar.images.views import RESIZE, centre_view
 from mvar.log import log
-from mvar.sample import CLASSES, RECORD
+from mvar.sampling.job import CLASSES, RECORD
 
 
 @dataclass(frozen=True)
