@@ -369,7 +369,7 @@ def sample(context: Context, depth: int) -> None:
     from mvar.model.kernels import fused
     from mvar.model.kernels.arithmetic import Arithmetic
     from mvar.sampling.graph import GraphedDrawing
-    from mvar.sampling.sampler import DEFAULTS
+    from mvar.sampling.options import DEFAULTS
 
     on_gpu = context.device.type == "cuda"
     Arithmetic.of("bf16", "auto", context.device).apply()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.calibrate import Calibration
-from data_prep.job import LAST_RUN, LastRun, ShardPlan, TokenizeJob, array_list
+from data_prep.job import LAST_RUN, LastRun, ShardPlan, TokenizeJob
 from data_prep.shards import is_complete, read_record, read_shard
 from mvar.cli import run_command
 from mvar.data.manifest import INDEX, MANIFEST, FileInfo, Manifest, Quarantined, ShardInfo, SplitInfo, check_file
@@ -25,6 +25,7 @@ from mvar.data.store import CodeStore, IndexTable, write_index
 from mvar.errors import StoreError
 from mvar.files.disk import remove_stale, write_file
 from mvar.run.claims import remove_claims
+from mvar.run.tasks import array_list
 from mvar.run.world import cores
 from mvar.scales import ScalePyramid
 

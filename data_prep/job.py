@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from mvar.images.layouts import Kind, open_images
 from mvar.images.pixels import Background, GreyBits, Orientation, Rules
 from mvar.images.sources import Contents, Source
 from mvar.images.views import RESIZE, HFlip, ViewPlan
+from mvar.run.tasks import differences
 from mvar.settings import Fraction, Section
 from mvar.tokenizer.files import save_quantizer
 from mvar.tokenizer.vqvae import VQVAE
@@ -255,7 +256,9 @@ def pin(folder: Path, job: TokenizeJob, quantizer: bytes) -> None:
         write_file(path, job.to_json())
     pinned = TokenizeJob.read(folder)
     if pinned.to_json() != job.to_json():
-        differing = differences(pinned.model_dump(mode="json"), job.model_dump(mode="json"))
+        differing = differences(
+            pinned.model_dump(mode="json"), job.model_dump(mode="json"), "the store", "this command"
+        )
         raise StoreError(
             f"code store {folder} is being made by another job. Differing: {'; '.join(differing)}. "
             "Run with the same configuration, source and tokenizer, or give another store=..."
@@ -263,33 +266,3 @@ def pin(folder: Path, job: TokenizeJob, quantizer: bytes) -> None:
     path = folder / QUANTIZER
     if not path.exists() or path.read_bytes() != quantizer:
         write_file(path, quantizer)
-
-
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line for each differing leaf of two trees."""
-    lines = []
-    for key in sorted(theirs.keys() | ours.keys()):
-        left, right = theirs.get(key), ours.get(key)
-        if left == right:
-            continue
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            lines += differences(left, right, f"{prefix}{key}.")
-        else:
-            lines.append(f"{prefix}{key}: the store has {_short(left)}, this command {_short(right)}")
-    return lines
-
-
-def array_list(numbers: set[int]) -> str:
-    """Task numbers as Slurm's --array wants them: 0,3-5."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from data_prep.calibrate import agreement_by_scale
 from data_prep.encoder import BatchEncoder
-from data_prep.job import TokenizeConfig, TokenizeJob, differences, open_source, plan_job, quantizer_bytes
+from data_prep.job import TokenizeConfig, TokenizeJob, open_source, plan_job, quantizer_bytes
 from mvar.data.store import CodeStore, Split
 from mvar.errors import StoreError
 from mvar.images.sources import Item, Source
 from mvar.images.views import Pixels
+from mvar.run.tasks import differences
 from mvar.scales import ScalePyramid
 
 LEAST_AGREEMENT = 0.5
@@ -40,7 +41,9 @@ class Origin:
         job = plan_job(config, source, encoder.vqvae, quantizer_bytes(encoder.vqvae))
         if job.sha256 != store.manifest.job_sha256:
             made_by = TokenizeJob.read(store.folder)
-            differing = differences(made_by.model_dump(mode="json"), job.model_dump(mode="json"))
+            differing = differences(
+                made_by.model_dump(mode="json"), job.model_dump(mode="json"), "the store", "this command"
+            )
             raise StoreError(
                 f"code store {store.folder} was not made by this configuration. Differing: {'; '.join(differing)}. "
                 "Give the source, tokenizer and keys that it was tokenized with."

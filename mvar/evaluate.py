@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mvar.cli import run_command
 from mvar.errors import ConfigError, MvarError
 from mvar.evaluation import judging, told
 from mvar.evaluation.classifier import fit, load_classifier, save_classifier
-from mvar.evaluation.extractors import Extractor, open_extractor
+from mvar.evaluation.extractors import Extractor, Identity, open_extractor
 from mvar.evaluation.features import extract
 from mvar.evaluation.fidelity import NEIGHBOURS
 from mvar.evaluation.figures import PARTS, all_figures
@@ -30,13 +29,12 @@ from mvar.evaluation.judging import LabelledImages
 from mvar.evaluation.pictures import CentreView, Pictures, SkipBad, samples_of
 from mvar.evaluation.real import RealImages, add_arguments
 from mvar.evaluation.reference import Reference, make_reference, read_reference
-from mvar.files.disk import cannot_write, write_text
-from mvar.files.json_lines import append
+from mvar.evaluation.run_record import EVALUATIONS, add_evaluation
+from mvar.files.disk import write_text
 from mvar.log import log
-from mvar.sample import CLASSES, RECORD, pick_device
+from mvar.sampling.job import CLASSES, RECORD
+from mvar.sampling.loading import pick_device
 
-EVALUATIONS = "evaluations.jsonl"
-"""In a run's folder: a flat object for each evaluation of its samples."""
 SIZE_JUDGED = 32
 HELD_OUT = 0.1
 
@@ -114,7 +112,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     context = told.context_of(samples, reference, identity, drawn, places, args.parts)
     print(told.screen(figures, context, warnings, identity))
     payload = {"name": "evaluate", "figures": told.keys(figures, identity), "goals": {}, "context": context}
-    note_in_run(args, payload)
+    note_in_run(args, payload, identity, reference)
     return payload
 
 
@@ -165,26 +163,19 @@ def require_several_classes(pictures: Pictures, reference: Reference) -> None:
         )
 
 
-def note_in_run(args: argparse.Namespace, payload: dict[str, Any]) -> None:
+def note_in_run(args: argparse.Namespace, payload: dict[str, Any], identity: Identity, reference: Reference) -> None:
     """Add the figures to a run's evaluations, for `mvar report`."""
     if args.run is None:
         return
     if not args.run.is_dir():
         raise ConfigError(f"--run {args.run}: no such folder. Give the run that the samples were drawn from.")
-    context = payload["context"]
-    drawn = context["drawn_with"] or {}
+    drawn = payload["context"]["drawn_with"] or {}
     step = args.step if args.step is not None else drawn.get("step")
     if not isinstance(step, int):
         raise ConfigError("--run: say which checkpoint the samples are of (--step N); their record does not.")
-    line = {"step": step, "images": context["samples"], **payload["figures"], "time_s": round(time.time(), 1)}
-    line |= {"weights": drawn.get("weights"), "cfg": drawn.get("cfg")}
-    line |= {"features": context["features"]["name"], "features_sha256": context["features"]["sha256"]}
-    line |= {"reference_sha256": context["reference_sha256"], "samples_sha256": context["samples_sha256"]}
-    path = args.run / EVALUATIONS
-    try:
-        append(path, line)
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    kept = {"weights": drawn.get("weights"), "options": drawn.get("options")}
+    kept |= {"samples_sha256": payload["context"]["samples_sha256"]}
+    add_evaluation(args.run, step, payload["context"]["samples"], payload["figures"], identity, reference, kept)
 
 
 # --- the demo's classifier -------------------------------------------------------------------------------------------

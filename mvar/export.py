@@ -26,7 +26,7 @@ from torch import Tensor
 from mvar.checkpoint.partition import EMA, WEIGHT
 from mvar.checkpoint.published import published_state_dict, write_published
 from mvar.checkpoint.tensors import write_tensors
-from mvar.checkpoint.weights import MODEL_KEY, SHARD_INDEX, SINGLE_FILE, Weights, open_weights
+from mvar.checkpoint.weights import MODEL_KEY, PRECISION_KEY, SHARD_INDEX, SINGLE_FILE, Weights, open_weights
 from mvar.cli import run_command
 from mvar.errors import CheckpointError, MvarError
 from mvar.files.disk import cannot_write, synced, writing, writing_folder
@@ -90,6 +90,8 @@ def _cut(weights: Weights, dtype: torch.dtype, shard_bytes: int) -> list[list[st
 def _write_one(file: BinaryIO, weights: Weights, names: list[str], dtype: torch.dtype) -> None:
     layout = [(name, weights.shapes[name]) for name in names]
     metadata = {MODEL_KEY: weights.config.model_dump_json(), "format": "pt"}
+    if weights.precision is not None:
+        metadata[PRECISION_KEY] = weights.precision
     write_tensors(file, layout, (_cast(weights, name, dtype) for name in names), metadata, dtype)
 
 

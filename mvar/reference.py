@@ -18,7 +18,7 @@ from mvar.evaluation.extractors import open_extractor
 from mvar.evaluation.pictures import SkipBad
 from mvar.evaluation.real import RealImages, add_arguments
 from mvar.evaluation.reference import KEPT, make_reference
-from mvar.sample import pick_device
+from mvar.sampling.loading import pick_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:

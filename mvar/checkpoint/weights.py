@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import pydantic
 import torch
@@ -21,13 +21,17 @@ from mvar.checkpoint.choosing import newest_good, problem_of, verify
 from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.partition import WEIGHT
 from mvar.checkpoint.record import RECORD
-from mvar.config import ModelConfig
+from mvar.config import ModelConfig, Precision
 from mvar.errors import CheckpointError
 from mvar.run.names import folder_of, steps_in
 from mvar.scales import ScalePyramid
 
+PUBLISHED_PRECISION: Precision = "fp16"
+"""What the published weights were trained and sampled in."""
 MODEL_KEY = "mvar.model"
 """Key of an exported file's metadata: JSON of the ModelConfig."""
+PRECISION_KEY = "mvar.precision"
+"""The same: the arithmetic of the training, where it is known."""
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 """Of an export in several files: which file holds which parameter."""
@@ -41,6 +45,8 @@ class Weights:
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    precision: Precision | None = None
+    """The arithmetic that they were trained in, where that is known."""
 
 
 def open_weights(path: Path, *, step: int | None = None, kind: str = WEIGHT, digests: bool = True) -> Weights:
@@ -62,7 +68,8 @@ def open_weights(path: Path, *, step: int | None = None, kind: str = WEIGHT, dig
         from mvar.checkpoint.published import read_published
 
         config, state = read_published(path)  # Mapped, not read.
-        return Weights(path, config, {name: tuple(value.shape) for name, value in state.items()}, _named(path, state))
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        return Weights(path, config, shapes, _named(path, state), PUBLISHED_PRECISION)
     if exported:
         return _of_shards(path) if (path / SHARD_INDEX).is_file() else _of_file(path / SINGLE_FILE)
     return _of_file(path)
@@ -112,7 +119,12 @@ def _of_checkpoint(folder: Path, kind: str) -> Weights:
         shape = torch.Size(record.shapes[name])
         return reader.read(name, kind, 0, shape.numel()).view(shape)
 
-    return Weights(folder, ModelConfig.model_validate(record.model), record.shapes, read)
+    precision = _precision(record.config.get("engine", {}).get("precision"))
+    return Weights(folder, ModelConfig.model_validate(record.model), record.shapes, read, precision)
+
+
+def _precision(name: object) -> Precision | None:
+    return cast(Precision, name) if name in get_args(Precision) else None
 
 
 def _of_shards(folder: Path) -> Weights:
@@ -133,7 +145,8 @@ def _of_shards(folder: Path) -> Weights:
         return parts[files[name]].read(name)
 
     shapes = {name: parts[file].shapes[name] for name, file in files.items()}
-    return Weights(folder, next(iter(parts.values())).config, shapes, read)
+    first = next(iter(parts.values()))
+    return Weights(folder, first.config, shapes, read, first.precision)
 
 
 def _of_file(path: Path) -> Weights:
@@ -156,7 +169,7 @@ def _of_file(path: Path) -> Weights:
             raise CheckpointError(f"{path}: parameter {name} cannot be read ({error}).") from None
         return value.float()
 
-    return Weights(path, config, shapes, read)
+    return Weights(path, config, shapes, read, _precision(metadata.get(PRECISION_KEY)))
 
 
 # --- beginning from weights ------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from mvar.files.disk import cannot_write
 from mvar.files.json_lines import append
 
 EVALUATIONS = "evaluations.jsonl"
+FIGURES = ("fid", "fd", "sfid", "kid", "inception_score", "class_score", "precision", "recall")
+"""How names of figures begin."""
 
 
 def add_evaluation(
@@ -37,3 +39,13 @@ def add_evaluation(
         append(run / EVALUATIONS, line)
     except OSError as error:
         raise cannot_write(run / EVALUATIONS, error) from None
+
+
+def one_line(record: Mapping[str, Any]) -> str:
+    """The figures in a record, such as `fid 3.071 +- 0.020  kid 0.0004`."""
+    shown = []
+    for name, value in record.items():
+        if name.startswith(FIGURES) and not name.endswith(("_error", "_floor")):
+            error = record.get(f"{name}_error")
+            shown.append(f"{name} {value:.4g}" + (f" +- {error:.2g}" if error is not None else ""))
+    return "  ".join(shown)

@@ -68,6 +68,32 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """Write a whole small file, unless one has its name: of several writers one wins, and nobody ever sees another's.
+
+    Where the file system has no hard links, the last of those that write in the same moment wins. Raises WriteError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file, temporary = create_temporary(path)
+        try:
+            with file:
+                file.write(data)
+                sync_file(file)
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return
+                except OSError:
+                    if not path.exists():
+                        os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole small text as UTF-8. Raises WriteError."""
     write_file(path, text.encode())

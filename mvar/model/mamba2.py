@@ -43,6 +43,11 @@ class MambaState:
     tail_BVK: Tensor | None = None
     ssm_BHPN: Tensor | None = None
 
+    def keep_first(self, count: int) -> None:
+        """Forget all but the first `count` images of the batch."""
+        self.tail_BVK = None if self.tail_BVK is None else self.tail_BVK[:count]
+        self.ssm_BHPN = None if self.ssm_BHPN is None else self.ssm_BHPN[:count]
+
 
 class CausalConv(nn.Module):
     """Depthwise causal convolution of width CONV_WIDTH, then SiLU."""

@@ -33,6 +33,11 @@ class DecodeState:
     blocks: list[MambaState] = field(default_factory=list)
     next_scale: int = 0
 
+    def keep_first(self, count: int) -> None:
+        """Forget all but the first `count` images of the batch."""
+        for block in self.blocks:
+            block.keep_first(count)
+
 
 def drop_path_rates(depth: int, last: float) -> list[float]:
     """Probability that a block's branches are dropped, rising linearly from 0 to `last`."""

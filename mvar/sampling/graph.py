@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mvar.model.transformer import MVAR
-from mvar.sampling.sampler import SamplingOptions, check_request, draw_scales, require_finite
+from mvar.sampling.options import SamplingOptions
+from mvar.sampling.sampler import check_request, draw_scales, require_finite
 from mvar.tokenizer.vqvae import VQVAE
 
 WARM_UP = 2

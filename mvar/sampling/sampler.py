@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mvar.errors import ConfigError, MvarError
 from mvar.model.transformer import MVAR, DecodeState
 from mvar.sampling.logits import draw_codes, filter_logits, mix_code_vectors
+from mvar.sampling.options import DEFAULTS, FloatTable, Guidance, IntTable, SamplingOptions, guided_scales
 from mvar.sampling.uniforms import signed, token_uniforms
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
@@ -35,39 +36,22 @@ class ScaleSample:
     """bool, on the device: whether the logits were. A host that read it now would wait for the device."""
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How codes are drawn. Raises ConfigError for what cannot be."""
-
-    cfg: float = 1.5
-    """Guidance at the finest scale; it rises linearly from 0 (0: off, half the work)."""
-    top_k: int = 900
-    """So many likeliest codes, and ties, are kept (0: all; 1: greedy, the lowest index of a tie)."""
-    top_p: float = 0.96
-    """The likeliest codes that hold this share of the probability are kept (0 or 1: all)."""
-    smooth: bool = False
-    """Feed mixtures of code vectors, which looks smoother and scores worse."""
-
-    def __post_init__(self) -> None:
-        if self.top_k < 0 or not 0 <= self.top_p <= 1:
-            raise ConfigError(f"top_k {self.top_k}, top_p {self.top_p}: expected top_k >= 0 and top_p from 0 to 1.")
-
-
-DEFAULTS = SamplingOptions()
-
-
 def generate(
     model: nn.Module,
     tokenizer: VQVAE | Quantizer,
     labels_B: Tensor,
-    cfg: float = DEFAULTS.cfg,
-    top_k: int = DEFAULTS.top_k,
-    top_p: float = DEFAULTS.top_p,
+    cfg: FloatTable = DEFAULTS.cfg,
+    top_k: IntTable = DEFAULTS.top_k,
+    top_p: FloatTable = DEFAULTS.top_p,
     seeds: Iterable[int] | None = None,
     smooth: bool = DEFAULTS.smooth,
+    temperature: FloatTable = DEFAULTS.temperature,
+    guidance: Guidance = DEFAULTS.guidance,
+    interval: tuple[int, int] | None = DEFAULTS.interval,
 ) -> Tensor:
-    """`generate_codes` with its options as keywords: codes (B, L) int64 of one image for each label."""
-    return generate_codes(model, tokenizer, labels_B, SamplingOptions(cfg, top_k, top_p, smooth), seeds)
+    """`generate_codes` with its options (see SamplingOptions) as keywords: codes (B, L) int64, one image a label."""
+    options = SamplingOptions(cfg, top_k, top_p, smooth, temperature, guidance, interval)
+    return generate_codes(model, tokenizer, labels_B, options, seeds)
 
 
 def generate_codes(
@@ -126,33 +110,55 @@ def draw_scales(
 ) -> Iterator[ScaleSample]:
     """The work of `generate_scales`, with labels and seeds on the model's device. The host reads nothing back."""
     core: Any = getattr(model, "module", model)
-    guided = options.cfg != 0
-    doubled_B = torch.cat((labels_B, torch.full_like(labels_B, core.num_classes))) if guided else labels_B
-    state = DecodeState()
+    of_scales = options.of_scales(core.pyramid.num_scales)
+    guided = Guided(model, labels_B, guided_scales(of_scales))
     f_hat_BChw = quantizer.start(len(labels_B), labels_B.device)
     inputs_BLkC: Tensor | None = None
-    for scale in range(core.pyramid.num_scales):
-        progress = scale / max(core.pyramid.num_scales - 1, 1)
-        x_BLkC = None if inputs_BLkC is None else inputs_BLkC.repeat(2 if guided else 1, 1, 1)
-        logits_BLV = model(doubled_B, x_BLkC, state=state, scales=range(scale, scale + 1))
-        if guided:
-            with_class_BLV, without_BLV = logits_BLV.chunk(2)
-            strength = options.cfg * progress
-            logits_BLV = (1 + strength) * with_class_BLV - strength * without_BLV
-        greedy = options.top_k == 1
+    for scale, own in enumerate(of_scales):
+        logits_BLV = guided(scale, inputs_BLkC, own.strength)
+        if own.temperature != 1:
+            logits_BLV = logits_BLV / own.temperature
+        greedy = own.top_k == 1
         kept_BLV = logits_BLV
         if options.smooth or not greedy:
-            kept_BLV = filter_logits(logits_BLV, options.top_k, options.top_p)
+            kept_BLV = filter_logits(logits_BLV, own.top_k, own.top_p)
         if greedy:
             codes_BLk = logits_BLV.argmax(dim=-1)  # the first of a tie
         else:
             codes_BLk = draw_codes(kept_BLV, token_uniforms(seeds_B, scale, kept_BLV.shape[1]))
         if options.smooth:
+            progress = scale / max(core.pyramid.num_scales - 1, 1)
             vectors_BLkC = mix_code_vectors(kept_BLV, quantizer.embedding.weight, seeds_B, scale, progress)
             f_hat_BChw, inputs_BLkC = quantizer.add_code_vectors(f_hat_BChw, vectors_BLkC, scale)
         else:
             f_hat_BChw, inputs_BLkC = quantizer.add_scale(f_hat_BChw, codes_BLk, scale)
         yield ScaleSample(scale, codes_BLk, f_hat_BChw, logits_BLV.isfinite().all())
+
+
+class Guided:
+    """Logits of one scale after the other, coarse to fine, with classifier-free guidance.
+
+    Images without their class run beside those with it, as long as they are needed: in the first `doubled` scales.
+    """
+
+    def __init__(self, model: nn.Module, labels_B: Tensor, doubled: int) -> None:
+        core: Any = getattr(model, "module", model)
+        self._model, self._labels_B, self._doubled = model, labels_B, doubled
+        self._none_B = torch.full_like(labels_B, core.num_classes)
+        self._state = DecodeState()
+
+    def __call__(self, scale: int, inputs_BLkC: Tensor | None, strength: float) -> Tensor:
+        """(B, Lk, V) of `scale`; `inputs`: what the quantizer gave for it, None at the coarsest."""
+        both = scale < self._doubled
+        if scale == self._doubled > 0:
+            self._state.keep_first(len(self._labels_B))
+        labels_B = torch.cat((self._labels_B, self._none_B)) if both else self._labels_B
+        x_BLkC = None if inputs_BLkC is None else inputs_BLkC.repeat(1 + both, 1, 1)
+        logits_BLV: Tensor = self._model(labels_B, x_BLkC, state=self._state, scales=range(scale, scale + 1))
+        if not both:
+            return logits_BLV
+        with_class_BLV, without_BLV = logits_BLV.chunk(2)
+        return (1 + strength) * with_class_BLV - strength * without_BLV
 
 
 def require_finite(model: MVAR, finite_S: Tensor) -> None:

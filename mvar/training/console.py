@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mvar.durations import duration
+from mvar.evaluation.run_record import one_line
 from mvar.files.json_lines import JsonRecord
 from mvar.run.tracking import place
 
@@ -26,7 +27,7 @@ class TransformerLines:
         elif record["kind"] == "sample":
             return f"{where}  samples: {record['file']}"
         elif record["kind"] == "evaluation":
-            return f"{where}  {record['images']:,} samples: {figures_of(record)}"
+            return f"{where}  {record['images']:,} samples: {one_line(record)}"
         return None
 
     def _status(self, since: list[JsonRecord]) -> str:
@@ -45,18 +46,6 @@ class TransformerLines:
         if now["skipped"]:
             text += f"  SKIPPED{' bad samples ' + str(now['bad_samples'][:4]) if now.get('bad_samples') else ''}"
         return text
-
-
-def figures_of(record: JsonRecord) -> str:
-    """Figures of an evaluation, such as `fid 3.071 +- 0.020  kid 0.0004`."""
-    known = {"kind", "step", "samples", "images", "seconds", "time_s"}
-    shown = []
-    for name, value in record.items():
-        if name in known or name.endswith(("_error", "_floor")) or not isinstance(value, float):
-            continue
-        error = record.get(f"{name}_error")
-        shown.append(f"{name} {value:.4g}" + (f" +- {error:.2g}" if error is not None else ""))
-    return "  ".join(shown)
 
 
 def _mfu(record: JsonRecord) -> str:

@@ -30,7 +30,7 @@ def draw_share(
     take: Callable[[Tensor], None],
     require_leisure: Callable[[], None],
 ) -> str | None:
-    """Draw this rank's share of pictures of these classes, picture n from seed n, and hand their codes (B, L) to `take`.
+    """Draw this rank's share of pictures of these classes, picture n from seed n; their codes (B, L) go to `take`.
 
     Every rank draws equally many, so that collectives pair up: the last ones may be pictures that others draw too. All
     ranks' shares in order begin with all N. `require_leisure` is called between parts; what it raises on all ranks ends

@@ -22,7 +22,7 @@ from mvar.evaluation.run_record import add_evaluation
 from mvar.evaluation.told import keys
 from mvar.images.arrays import to_uint8
 from mvar.run.world import World
-from mvar.sampling.sampler import SamplingOptions
+from mvar.sampling.options import SamplingOptions
 from mvar.tokenizer.files import load_tokenizer
 from mvar.training.drawing import draw_share, first_problem
 from mvar.training.engine import Engine
@@ -112,7 +112,7 @@ class SampleFigures:
         figures = keys(
             all_figures(samples, reference, device, where, parts=PARTS, floor=False), self._extractor.identity
         )
-        drawn = {"cfg": SamplingOptions().cfg, "precision": self._job.config.engine.precision, "while_training": True}
+        drawn = {"cfg": SamplingOptions().cfg, "arithmetic": self._job.config.engine.precision, "while_training": True}
         run = self._job.config.run
         add_evaluation(run, step, len(features_NF), figures, self._extractor.identity, reference, drawn)
         return figures

@@ -19,7 +19,7 @@ import torch
 
 from data_prep.finalize import finalize
 from data_prep.inspect import facts
-from data_prep.job import TokenizeConfig, array_list
+from data_prep.job import TokenizeConfig
 from data_prep.origin import Origin
 from data_prep.tokenize import tokenize
 from data_prep.verify import contact_sheet, some_samples, verify
@@ -31,6 +31,7 @@ from mvar.files.disk import remove_stale, writing
 from mvar.images.arrays import from_uint8
 from mvar.images.sources import ImageFolder
 from mvar.images.views import ViewPlan
+from mvar.run.tasks import array_list
 from mvar.settings import load
 from tests.stores import SIZE_PX, image_folder, synthetic_store, tiny_tokenizer, tiny_vqvae
 

@@ -13,7 +13,8 @@ from mvar.errors import ConfigError, MvarError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.sampling.graph import GraphedDrawing
-from mvar.sampling.sampler import SamplingOptions, draw_scales, generate_latent
+from mvar.sampling.options import SamplingOptions
+from mvar.sampling.sampler import draw_scales, generate_latent
 from mvar.tokenizer.vqvae import VQVAE
 
 OPTIONS = SamplingOptions(cfg=1.5, top_k=8, top_p=0.9)

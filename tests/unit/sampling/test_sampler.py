@@ -14,7 +14,8 @@ from mvar.errors import ConfigError, MvarError
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.sampling.logits import draw_codes, filter_logits, mix_code_vectors
-from mvar.sampling.sampler import SamplingOptions, generate, generate_latent, generate_scales
+from mvar.sampling.options import SamplingOptions
+from mvar.sampling.sampler import generate, generate_latent, generate_scales
 from mvar.sampling.uniforms import token_uniforms, vocabulary_uniforms
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE

@@ -1,0 +1,94 @@
+"""One task of a job: its parts that are not complete are drawn, in order, and written as they come."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL
+import torch
+
+from mvar.durations import duration
+from mvar.files.disk import remove_stale
+from mvar.images.arrays import Bytes
+from mvar.log import log
+from mvar.sampling.job import RECORDS, SampleJob, problem_of
+from mvar.sampling.packing import Part
+from mvar.sampling.painter import Painter
+from mvar.sampling.pictures import Picture
+from mvar.sampling.writer import PartsWriter
+from mvar.version import __version__
+
+PROGRESS_EVERY_S = 10.0
+
+
+def draw_share(out: Path, job: SampleJob, task: int, tasks: int, painter: Callable[[], Painter]) -> None:
+    """Draw the parts of one task, skipping those that are complete. `painter` is asked for if there are any.
+
+    Raises MvarError.
+    """
+    mine = job.parts[task::tasks]
+    for folder in {out, out / RECORDS, *(path.parent for part in mine for path in job.packing(out).files(part))}:
+        remove_stale(folder)
+    waiting = [part for part in mine if problem_of(out, job, part) is not None]
+    log.info(
+        "sample %d/%d: %d parts are this task's, %d of them complete", task, tasks, len(mine), len(mine) - len(waiting)
+    )
+    if not waiting:
+        return
+    drawer = painter()
+    progress = _Progress(f"sample {task}/{tasks}", sum(len(part.pictures) for part in waiting))
+    with PartsWriter(out, job, made_by(drawer.device)) as writer:
+        batches = [(part, own) for part in waiting for own in _batches(part, job.batch)]
+        for (part, own), images_BHWC in zip(batches, drawer.draw(own for _, own in batches), strict=True):
+            writer.put(part, images_BHWC)
+            progress.add(len(own))
+    log.info("%s: done; the model waited %.1f s for the writing", progress.what, writer.waited_s)
+
+
+def draw_few(pictures: Sequence[Picture], painter: Painter) -> dict[Picture, Bytes]:
+    """Some images, kept in memory."""
+    batches = [pictures[first : first + painter.batch] for first in range(0, len(pictures), painter.batch)]
+    drawn = painter.draw(batches)
+    return {
+        picture: image
+        for own, images in zip(batches, drawn, strict=True)
+        for picture, image in zip(own, images, strict=True)
+    }
+
+
+def made_by(device: torch.device) -> dict[str, str]:
+    """What rounding depends on besides the job."""
+    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "torch": torch.__version__, "pillow": PIL.__version__, "mvar": __version__}
+
+
+def _batches(part: Part, size: int) -> Iterator[tuple[Picture, ...]]:
+    for first in range(0, len(part.pictures), size):
+        yield part.pictures[first : first + size]
+
+
+@dataclass
+class _Progress:
+    """A line now and then."""
+
+    what: str
+    total: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._began_s = self._said_s = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now_s = time.monotonic()
+        if now_s - self._said_s > PROGRESS_EVERY_S or self.done == self.total:
+            rate = self.done / (now_s - self._began_s)
+            left = duration((self.total - self.done) / rate)
+            log.info("%s: %d/%d images   %.3g images/s   %s left", self.what, self.done, self.total, rate, left)
+            self._said_s = now_s
