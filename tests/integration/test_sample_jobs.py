@@ -1,4 +1,4 @@
-"""Jobs of `mvar sample`: any number of tasks, killed at any moment, give the same bytes; what is not whole is refused."""
+"""Jobs of `mvar sample`: any number of tasks, killed at any moment, give the same bytes; nothing half is taken."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_a_disk_that_fails_ends_the_job_with_one_message(
 
 
 def storm(places: list[str], out: Path, job: list[str], tasks: int, kills: int, seed: int) -> int:
-    """Run all tasks of a job at once; SIGKILL one that is at work now and then, and start it again. Returns the kills."""
+    """Run all tasks of a job at once; SIGKILL one at work now and then, and start it again. Returns the kills."""
     chance, done = random.Random(seed), 0
 
     def start(task: int) -> Ranks:
