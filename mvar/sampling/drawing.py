@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def draw_share(out: Path, job: SampleJob, task: int, tasks: int, painter: Callab
     progress = _Progress(f"sample {task}/{tasks}", sum(len(part.pictures) for part in waiting))
     with PartsWriter(out, job, made_by(drawer.device)) as writer:
         batches = [(part, own) for part in waiting for own in _batches(part, job.batch)]
-        for (part, own), images_BHWC in zip(batches, drawer.draw(own for _, own in batches), strict=True):
-            writer.put(part, images_BHWC)
-            progress.add(len(own))
+        with closing(drawer.draw(own for _, own in batches)) as drawn:
+            for (part, own), images_BHWC in zip(batches, drawn, strict=True):
+                writer.put(part, images_BHWC)
+                progress.add(len(own))
     log.info("%s: done; the model waited %.1f s for the writing", progress.what, writer.waited_s)
 
 
