@@ -17,7 +17,7 @@ from mvar.files.disk import remove_stale
 from mvar.images.arrays import Bytes
 from mvar.log import log
 from mvar.sampling.job import RECORDS, SampleJob, problem_of
-from mvar.sampling.packing import Part
+from mvar.sampling.packing import SamplePart
 from mvar.sampling.painter import Painter
 from mvar.sampling.pictures import Picture
 from mvar.sampling.writer import PartsWriter
@@ -70,7 +70,7 @@ def made_by(device: torch.device) -> dict[str, str]:
     return {"device": name, "torch": torch.__version__, "pillow": PIL.__version__, "mvar": __version__}
 
 
-def _batches(part: Part, size: int) -> Iterator[tuple[Picture, ...]]:
+def _batches(part: SamplePart, size: int) -> Iterator[tuple[Picture, ...]]:
     for first in range(0, len(part.pictures), size):
         yield part.pictures[first : first + size]
 

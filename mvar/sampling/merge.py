@@ -24,7 +24,7 @@ from mvar.log import log
 from mvar.run.world import cores
 from mvar.sampling.job import SampleJob, explain_unfinished, problem_of, read_record, record_path
 from mvar.sampling.npz import write_npz
-from mvar.sampling.packing import Part
+from mvar.sampling.packing import SamplePart
 
 STRETCH, THREADS = 64, 16
 """Images that a thread decodes at once, and threads at most: together all that memory holds."""
@@ -75,10 +75,10 @@ def _images(out: Path, job: SampleJob) -> Iterator[Bytes]:
     packing = job.packing(out)
     threads = min(THREADS, cores()) if packing.encodes else 1
 
-    def decoded(part: Part, places: range) -> list[Bytes]:
+    def decoded(part: SamplePart, places: range) -> list[Bytes]:
         return list(packing.read(part, places))
 
-    def stretches() -> Iterator[tuple[Part, range]]:
+    def stretches() -> Iterator[tuple[SamplePart, range]]:
         for part in job.parts:
             count = len(part.pictures)
             step = STRETCH if packing.encodes else count
@@ -86,7 +86,7 @@ def _images(out: Path, job: SampleJob) -> Iterator[Bytes]:
                 yield part, range(first, min(first + step, count))
 
     with ThreadPoolExecutor(threads, "mvar-decode") as pool:
-        ahead: deque[tuple[Part, range, Future[list[Bytes]]]] = deque()
+        ahead: deque[tuple[SamplePart, range, Future[list[Bytes]]]] = deque()
         waiting = stretches()
         digest = hashlib.sha256()
         while True:
@@ -103,7 +103,7 @@ def _images(out: Path, job: SampleJob) -> Iterator[Bytes]:
                 digest = hashlib.sha256()
 
 
-def _require_drawn(out: Path, job: SampleJob, part: Part, pixels_sha256: str) -> None:
+def _require_drawn(out: Path, job: SampleJob, part: SamplePart, pixels_sha256: str) -> None:
     record = read_record(out, job, part)
     if record is None or record.pixels_sha256 != pixels_sha256:
         raise ImageError(
