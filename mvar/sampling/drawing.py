@@ -32,6 +32,10 @@ def draw_share(out: Path, job: SampleJob, task: int, tasks: int, painter: Callab
     Raises MvarError.
     """
     mine = job.parts[task::tasks]
+    log.info(
+        "sample: %d images of %d classes in %d parts, %s, %d at once",
+        *(len(job.pictures), len(job.counts), len(job.parts), job.precision, job.batch),
+    )
     for folder in {out, out / RECORDS, *(path.parent for part in mine for path in job.packing(out).files(part))}:
         remove_stale(folder)
     waiting = [part for part in mine if problem_of(out, job, part) is not None]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mvar.errors import ConfigError, ImageError
-from mvar.files.disk import sha256_of, write_text, writing
+from mvar.files.disk import remove_stale, sha256_of, write_text, writing
 from mvar.images.arrays import Bytes
 from mvar.log import log
 from mvar.run.world import cores
@@ -63,6 +63,7 @@ def merge(out: Path, to: Path, tasks: int | None = None) -> str:
     if problems:
         raise explain_unfinished(out, job, problems, tasks)
     labels_N = np.array([picture.label for picture in job.pictures], dtype=np.int64)
+    remove_stale(to.parent)
     with writing(to) as file:
         write_npz(file, job.size_px, _images(out, job), labels_N)
     digest = sha256_of(to)
