@@ -13,17 +13,19 @@ from mvar.version import __version__
 
 sleep_when_idle_in_own_commands()
 
-__all__ = ["MVAR", "VQVAE", "MvarError", "__version__", "generate"]
+__all__ = ["MVAR", "VQVAE", "MvarError", "SamplingOptions", "__version__", "generate"]
 
 if TYPE_CHECKING:
     from mvar.errors import MvarError
     from mvar.model.transformer import MVAR
+    from mvar.sampling.options import SamplingOptions
     from mvar.sampling.sampler import generate
     from mvar.tokenizer.vqvae import VQVAE
 
 _HOMES = {
     "MVAR": "mvar.model.transformer",
     "VQVAE": "mvar.tokenizer.vqvae",
+    "SamplingOptions": "mvar.sampling.options",
     "generate": "mvar.sampling.sampler",
     "MvarError": "mvar.errors",
 }

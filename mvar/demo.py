@@ -163,7 +163,9 @@ def draw_reconstructions(demo: Demo, path: Path, pairs: int = 2 * GRID_COLUMNS) 
 
 def draw_samples(demo: Demo, path: Path) -> None:
     """The first samples of each class, one class a row."""
-    folders = sorted((entry for entry in demo.samples.iterdir() if entry.is_dir()), key=lambda entry: int(entry.name))
+    folders = sorted(
+        (entry for entry in demo.samples.iterdir() if entry.name.isdigit()), key=lambda entry: int(entry.name)
+    )
     files = [sorted(folder.glob("*.png"))[:GRID_COLUMNS] for folder in folders[:MOST_ROWS]]
     pictures = [np.asarray(read_rgb(file)) for row in files for file in row]
     save_png(path, enlarge(grid(pictures, len(files[0])), 2))

@@ -106,7 +106,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--no-images: needs --grid, and --tasks 1, since images of other tasks are read from --out.")
     if args.out is None and not args.no_images and not args.calibrate:
         raise ConfigError("--out: required, unless --no-images and --grid ask for the grid alone.")
-    if min(args.tasks, args.grid_classes, args.grid_per_class, args.batch or 1, args.part or 1) < 1:
+    sizes = (args.tasks, args.grid_classes, args.grid_per_class, args.batch, args.part)
+    if any(size is not None and size < 1 for size in sizes):
         raise ConfigError("--batch, --part, --tasks and --grid-...: expected whole numbers from 1.")
     if not 0 <= args.task < args.tasks:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mvar.files.disk import remove_stale
 from mvar.images.arrays import Bytes
 from mvar.log import log
 from mvar.sampling.job import RECORDS, SampleJob, problem_of
-from mvar.sampling.packing import Part
+from mvar.sampling.packing import SamplePart
 from mvar.sampling.painter import Painter
 from mvar.sampling.pictures import Picture
 from mvar.sampling.writer import PartsWriter
@@ -31,6 +32,10 @@ def draw_share(out: Path, job: SampleJob, task: int, tasks: int, painter: Callab
     Raises MvarError.
     """
     mine = job.parts[task::tasks]
+    log.info(
+        "sample: %d images of %d classes in %d parts, %s, %d at once",
+        *(len(job.pictures), len(job.counts), len(job.parts), job.precision, job.batch),
+    )
     for folder in {out, out / RECORDS, *(path.parent for part in mine for path in job.packing(out).files(part))}:
         remove_stale(folder)
     waiting = [part for part in mine if problem_of(out, job, part) is not None]
@@ -43,9 +48,10 @@ def draw_share(out: Path, job: SampleJob, task: int, tasks: int, painter: Callab
     progress = _Progress(f"sample {task}/{tasks}", sum(len(part.pictures) for part in waiting))
     with PartsWriter(out, job, made_by(drawer.device)) as writer:
         batches = [(part, own) for part in waiting for own in _batches(part, job.batch)]
-        for (part, own), images_BHWC in zip(batches, drawer.draw(own for _, own in batches), strict=True):
-            writer.put(part, images_BHWC)
-            progress.add(len(own))
+        with closing(drawer.draw(own for _, own in batches)) as drawn:
+            for (part, own), images_BHWC in zip(batches, drawn, strict=True):
+                writer.put(part, images_BHWC)
+                progress.add(len(own))
     log.info("%s: done; the model waited %.1f s for the writing", progress.what, writer.waited_s)
 
 
@@ -68,7 +74,7 @@ def made_by(device: torch.device) -> dict[str, str]:
     return {"device": name, "torch": torch.__version__, "pillow": PIL.__version__, "mvar": __version__}
 
 
-def _batches(part: Part, size: int) -> Iterator[tuple[Picture, ...]]:
+def _batches(part: SamplePart, size: int) -> Iterator[tuple[Picture, ...]]:
     for first in range(0, len(part.pictures), size):
         yield part.pictures[first : first + size]
 

@@ -22,7 +22,7 @@ import pydantic
 from mvar.errors import ConfigError, MvarError
 from mvar.files.disk import write_file, write_once
 from mvar.run.tasks import array_list, differences
-from mvar.sampling.packing import PACKINGS, Kind, Packing, Part
+from mvar.sampling.packing import PACKINGS, Kind, Packing, SamplePart
 from mvar.sampling.pictures import Picture, in_turn
 from mvar.sampling.precision import SamplePrecision
 
@@ -81,11 +81,12 @@ class SampleJob(pydantic.BaseModel):
         return in_turn(self.counts)
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SamplePart]:
         """All parts; their places in the list are their numbers."""
         starts = range(0, len(self.pictures), self.part)
         return [
-            Part(number, first, tuple(self.pictures[first : first + self.part])) for number, first in enumerate(starts)
+            SamplePart(number, first, tuple(self.pictures[first : first + self.part]))
+            for number, first in enumerate(starts)
         ]
 
     def packing(self, out: Path) -> Packing:
@@ -142,7 +143,9 @@ class PartRecord(pydantic.BaseModel):
     """Device and versions: other ones may round otherwise."""
 
     @classmethod
-    def of(cls, job: SampleJob, part: Part, found: tuple[int, str], pixels: str, made: Mapping[str, str]) -> PartRecord:
+    def of(
+        cls, job: SampleJob, part: SamplePart, found: tuple[int, str], pixels: str, made: Mapping[str, str]
+    ) -> PartRecord:
         return cls(
             number=part.number,
             job_sha256=job.sha256,
@@ -166,7 +169,7 @@ def record_path(out: Path, number: int) -> Path:
     return out / RECORDS / f"part-{number:06d}.json"
 
 
-def read_record(out: Path, job: SampleJob, part: Part) -> PartRecord | None:
+def read_record(out: Path, job: SampleJob, part: SamplePart) -> PartRecord | None:
     """The record of a part; None where it is missing or damaged. Raises ConfigError where it is another job's."""
     path = record_path(out, part.number)
     try:
@@ -184,7 +187,7 @@ def read_record(out: Path, job: SampleJob, part: Part) -> PartRecord | None:
     return record if record.number == part.number else None
 
 
-def problem_of(out: Path, job: SampleJob, part: Part) -> str | None:
+def problem_of(out: Path, job: SampleJob, part: SamplePart) -> str | None:
     """Why a part has to be drawn again, in words; None if it is whole. Raises ConfigError: it is another job's."""
     record = read_record(out, job, part)
     if record is None:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from mvar.errors import ConfigError, ImageError
-from mvar.files.disk import sha256_of, write_text, writing
+from mvar.files.disk import remove_stale, sha256_of, write_text, writing
 from mvar.images.arrays import Bytes
 from mvar.log import log
 from mvar.run.world import cores
 from mvar.sampling.job import SampleJob, explain_unfinished, problem_of, read_record, record_path
 from mvar.sampling.npz import write_npz
-from mvar.sampling.packing import Part
+from mvar.sampling.packing import SamplePart
 
 STRETCH, THREADS = 64, 16
 """Images that a thread decodes at once, and threads at most: together all that memory holds."""
@@ -63,6 +63,7 @@ def merge(out: Path, to: Path, tasks: int | None = None) -> str:
     if problems:
         raise explain_unfinished(out, job, problems, tasks)
     labels_N = np.array([picture.label for picture in job.pictures], dtype=np.int64)
+    remove_stale(to.parent)
     with writing(to) as file:
         write_npz(file, job.size_px, _images(out, job), labels_N)
     digest = sha256_of(to)
@@ -75,10 +76,10 @@ def _images(out: Path, job: SampleJob) -> Iterator[Bytes]:
     packing = job.packing(out)
     threads = min(THREADS, cores()) if packing.encodes else 1
 
-    def decoded(part: Part, places: range) -> list[Bytes]:
+    def decoded(part: SamplePart, places: range) -> list[Bytes]:
         return list(packing.read(part, places))
 
-    def stretches() -> Iterator[tuple[Part, range]]:
+    def stretches() -> Iterator[tuple[SamplePart, range]]:
         for part in job.parts:
             count = len(part.pictures)
             step = STRETCH if packing.encodes else count
@@ -86,7 +87,7 @@ def _images(out: Path, job: SampleJob) -> Iterator[Bytes]:
                 yield part, range(first, min(first + step, count))
 
     with ThreadPoolExecutor(threads, "mvar-decode") as pool:
-        ahead: deque[tuple[Part, range, Future[list[Bytes]]]] = deque()
+        ahead: deque[tuple[SamplePart, range, Future[list[Bytes]]]] = deque()
         waiting = stretches()
         digest = hashlib.sha256()
         while True:
@@ -103,7 +104,7 @@ def _images(out: Path, job: SampleJob) -> Iterator[Bytes]:
                 digest = hashlib.sha256()
 
 
-def _require_drawn(out: Path, job: SampleJob, part: Part, pixels_sha256: str) -> None:
+def _require_drawn(out: Path, job: SampleJob, part: SamplePart, pixels_sha256: str) -> None:
     record = read_record(out, job, part)
     if record is None or record.pixels_sha256 != pixels_sha256:
         raise ImageError(

@@ -33,7 +33,7 @@ MTIME_S = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Part:
+class SamplePart:
     """A stretch of a job's images, drawn and written as one. `first`: number of its first image in the job."""
 
     number: int
@@ -55,18 +55,18 @@ class Packing(ABC):
         self.out, self.side = out, side
 
     @abstractmethod
-    def write(self, part: Part, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
+    def write(self, part: SamplePart, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
         """Write a part whole. Raises WriteError."""
 
     @abstractmethod
-    def files(self, part: Part) -> list[Path]:
+    def files(self, part: SamplePart) -> list[Path]:
         """Where a part lies."""
 
     @abstractmethod
-    def read(self, part: Part, places: Iterable[int]) -> Iterator[Bytes]:
+    def read(self, part: SamplePart, places: Iterable[int]) -> Iterator[Bytes]:
         """Some of a part's images, uint8 (H, W, 3), by their places in it. Raises ImageError."""
 
-    def digest(self, part: Part) -> tuple[int, str]:
+    def digest(self, part: SamplePart) -> tuple[int, str]:
         """Size of a part on disk, and SHA-256 of its files, one after the other. Raises OSError."""
         digest, size = hashlib.sha256(), 0
         for path in self.files(part):
@@ -78,22 +78,22 @@ class Packing(ABC):
 
 
 class FoldersPacking(Packing):
-    def write(self, part: Part, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
+    def write(self, part: SamplePart, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
         for path, png in zip(self.files(part), pngs, strict=True):
             with writing(path, sync=False) as file:  # The part's record tells if a crash left one empty.
                 file.write(png)
 
-    def files(self, part: Part) -> list[Path]:
+    def files(self, part: SamplePart) -> list[Path]:
         return [picture.path(self.out) for picture in part.pictures]
 
-    def read(self, part: Part, places: Iterable[int]) -> Iterator[Bytes]:
+    def read(self, part: SamplePart, places: Iterable[int]) -> Iterator[Bytes]:
         files = self.files(part)
         for place in places:
             yield decode_png(files[place], files[place], self.side)
 
 
 class TarsPacking(Packing):
-    def write(self, part: Part, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
+    def write(self, part: SamplePart, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
         with (
             writing(self._path(part)) as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
@@ -104,10 +104,10 @@ class TarsPacking(Packing):
                     info.size, info.mtime, info.mode = len(data), MTIME_S, 0o644
                     tar.addfile(info, io.BytesIO(data))
 
-    def files(self, part: Part) -> list[Path]:
+    def files(self, part: SamplePart) -> list[Path]:
         return [self._path(part)]
 
-    def read(self, part: Part, places: Iterable[int]) -> Iterator[Bytes]:
+    def read(self, part: SamplePart, places: Iterable[int]) -> Iterator[Bytes]:
         path, numbers = self._path(part), self._numbers(part)
         try:
             with tarfile.open(path, "r:") as tar:
@@ -118,30 +118,30 @@ class TarsPacking(Packing):
         except (OSError, KeyError, tarfile.TarError) as error:
             raise ImageError(f"{path}: cannot be read ({error}). Remove it and draw again.") from None
 
-    def _path(self, part: Part) -> Path:
+    def _path(self, part: SamplePart) -> Path:
         return self.out / f"{part.name}.tar"
 
-    def _numbers(self, part: Part) -> range:
+    def _numbers(self, part: SamplePart) -> range:
         return range(part.first, part.first + len(part.pictures))
 
 
 class NpzPacking(Packing):
     encodes = False
 
-    def write(self, part: Part, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
+    def write(self, part: SamplePart, images: Sequence[Bytes], pngs: Sequence[bytes]) -> None:
         labels_N = np.array([picture.label for picture in part.pictures], dtype=np.int64)
         with writing(self._path(part)) as file:
             write_npz(file, self.side, images, labels_N)
 
-    def files(self, part: Part) -> list[Path]:
+    def files(self, part: SamplePart) -> list[Path]:
         return [self._path(part)]
 
-    def read(self, part: Part, places: Iterable[int]) -> Iterator[Bytes]:
+    def read(self, part: SamplePart, places: Iterable[int]) -> Iterator[Bytes]:
         images_NHWC = read_npz(self._path(part), len(part.pictures), self.side)
         for place in places:
             yield images_NHWC[place]
 
-    def _path(self, part: Part) -> Path:
+    def _path(self, part: SamplePart) -> Path:
         return self.out / f"{part.name}.npz"
 
 

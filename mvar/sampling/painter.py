@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import psutil
@@ -60,7 +60,7 @@ class Painter:
         self._workers = workers or _workers(tokenizer, batch)
         self._own = threading.local()
 
-    def draw(self, batches: Iterable[Sequence[Picture]]) -> Iterator[Bytes]:
+    def draw(self, batches: Iterable[Sequence[Picture]]) -> Generator[Bytes, None, None]:
         """Yields uint8 (B, H, W, 3) of each batch, in order.
 
         All are drawn full, whatever is asked for, so that rounding is alike in all. Raises MvarError.

@@ -87,7 +87,8 @@ class Request:
     def decided_precision(self) -> SamplePrecision:
         """Raises BackendError."""
         chosen = choose(self.precision, self.device, self.source.trained)
-        tell([chosen])
+        if self.precision == "auto":
+            tell([chosen])
         return cast(SamplePrecision, chosen.way)
 
     def decided_compile(self) -> bool:

@@ -15,7 +15,7 @@ from types import TracebackType
 from mvar.images.arrays import Bytes
 from mvar.run.world import cores
 from mvar.sampling.job import PartRecord, SampleJob
-from mvar.sampling.packing import Part, encode_png
+from mvar.sampling.packing import SamplePart, encode_png
 from mvar.threads import helper
 
 AHEAD = 4
@@ -33,7 +33,7 @@ class PartsWriter:
     def __init__(self, out: Path, job: SampleJob, made: Mapping[str, str]) -> None:
         self._out, self._job, self._made = out, job, made
         self._packing = job.packing(out)
-        self._queue: queue.Queue[tuple[Part, Bytes] | None] = queue.Queue(AHEAD)
+        self._queue: queue.Queue[tuple[SamplePart, Bytes] | None] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self.waited_s = 0.0
@@ -52,7 +52,7 @@ class PartsWriter:
         if error is None and self._error is not None:
             raise self._error
 
-    def put(self, part: Part, images_BHWC: Bytes) -> None:
+    def put(self, part: SamplePart, images_BHWC: Bytes) -> None:
         """Hand over a batch."""
         since_s = time.monotonic()
         self._send((part, images_BHWC))
@@ -60,7 +60,7 @@ class PartsWriter:
         if self._error is not None:
             raise self._error
 
-    def _send(self, item: tuple[Part, Bytes] | None) -> None:
+    def _send(self, item: tuple[SamplePart, Bytes] | None) -> None:
         while self._error is None:
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.1)
@@ -85,7 +85,7 @@ class PartsWriter:
                 self._write(part, images, [png.result() for png in pngs])
                 images, pngs = [], []
 
-    def _write(self, part: Part, images: list[Bytes], pngs: list[bytes]) -> None:
+    def _write(self, part: SamplePart, images: list[Bytes], pngs: list[bytes]) -> None:
         pixels = hashlib.sha256()
         for image_HWC in images:
             pixels.update(image_HWC.data)

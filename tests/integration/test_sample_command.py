@@ -1,4 +1,4 @@
-"""`mvar sample` as a user runs it: folders of images that do not depend on how the job was cut up or interrupted."""
+"""`mvar sample` as a user runs it: what is drawn, how it is named, and what is refused. Jobs: test_sample_jobs.py."""
 
 import json
 import subprocess
@@ -7,38 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvar import sample
 from mvar.cli import main as mvar
-from mvar.config import ModelConfig
-from mvar.files.disk import host_name
 from mvar.images.sources import ImageFolder
-from mvar.model.init import init_weights_
-from mvar.model.transformer import MVAR
+from mvar.sampling.job import RECORD
+from mvar.testing.tiny_pairs import CLASSES, PYRAMID, write_pair
 from mvar.tokenizer.files import save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
-from tests.exports import save_weights
-
-PYRAMID = (1, 2, 4)
-CLASSES = 4
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that name the weights and the tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig(
-        depth=2, width=64, heads=2, num_classes=CLASSES, patch_nums=PYRAMID, vocab_size=32, latent_channels=4
-    )
-    model = MVAR.from_config(config, num_classes=CLASSES)
-    init_weights_(model, 0, ModelConfig(init_gamma=1.0, init_head=2.0, init_conditioning=1.0))
-    save_weights(folder / "model.safetensors", config, model.state_dict())
-    torch.manual_seed(0)
-    save_tokenizer(folder / "tokenizer.safetensors", VQVAE(32, 4, 32, PYRAMID, channel_mult=(1, 1), res_blocks=1))
-    return ["--weights", str(folder / "model.safetensors"), "--tokenizer", str(folder / "tokenizer.safetensors")]
+    return write_pair(tmp_path_factory.mktemp("model"))
 
 
 def draw(places: list[str], *options: str) -> int:
@@ -57,13 +40,13 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 def test_images_and_grid_are_named_and_laid_out_by_class(places: list[str], tmp_path: Path) -> None:
     out, sheet = tmp_path / "samples", tmp_path / "report/grid.png"
     assert draw(places, "--classes", "0,2-3", "--per-class", "2", "--out", str(out), "--grid", str(sheet)) == 0
-    assert list(images(out)) == [f"{label}/{number:05d}.png" for label in (0, 2, 3) for number in range(2)]
-    first = pixels(out / "0/00000.png")
+    assert list(images(out)) == [f"{label:04d}/{number:05d}.png" for label in (0, 2, 3) for number in range(2)]
+    first = pixels(out / "0000/00000.png")
     assert first.shape == (8, 8, 3)
     whole = pixels(sheet)
     assert whole.shape == (3 * 8 + 2 * 2, 2 * 8 + 2, 3)
     assert np.array_equal(whole[:8, :8], first)
-    assert np.array_equal(whole[10:18, 10:18], pixels(out / "2/00001.png"))
+    assert np.array_equal(whole[10:18, 10:18], pixels(out / "0002/00001.png"))
     assert len(set(images(out).values())) == 6, "six different images"
     assert len(ImageFolder(out).splits["train"]) == 6, "an image folder like any other"
 
@@ -79,32 +62,16 @@ def test_classes_by_name_are_those_by_number(places: list[str], tmp_path: Path) 
     assert draw(places, *by_name, "--out", str(numbers)) == 0  # Names are no setting that makes another folder.
 
 
-def test_tasks_batches_and_interruptions_do_not_change_the_folder(places: list[str], tmp_path: Path) -> None:
-    whole, parts, batched = tmp_path / "whole", tmp_path / "parts", tmp_path / "batched"
-    assert draw(places, "--per-class", "3", "--out", str(whole)) == 0
-    for task in range(3):
-        assert draw(places, "--per-class", "3", "--out", str(parts), "--tasks", "3", "--task", str(task)) == 0
-    assert draw(places, "--per-class", "3", "--out", str(batched), "--batch", "5") == 0
-    assert images(whole) == images(parts) == images(batched)
-
-    # As after a kill: some images gone, one left half-written under its temporary name.
-    expected = images(whole)
-    (whole / "1/00002.png").unlink()
-    (whole / "3/00000.png").unlink()
-    (whole / f"3/.00000.png~{host_name()}~123~00000000.tmp").write_bytes(b"half")
-    untouched = (whole / "2/00001.png").stat().st_mtime_ns
-    assert draw(places, "--per-class", "3", "--out", str(whole)) == 0
-    assert images(whole) == expected
-    assert (whole / "2/00001.png").stat().st_mtime_ns == untouched
-    assert not list(whole.rglob("*.tmp"))
-
-
-def test_more_images_of_a_class_keep_those_that_exist(places: list[str], tmp_path: Path) -> None:
-    assert draw(places, "--classes", "1", "--per-class", "2", "--out", str(tmp_path)) == 0
-    two = images(tmp_path)
-    assert draw(places, "--classes", "1,3", "--per-class", "4", "--out", str(tmp_path)) == 0
-    assert images(tmp_path).items() >= two.items()
-    assert len(images(tmp_path)) == 8
+def test_an_image_is_its_class_and_number_whatever_else_is_drawn(places: list[str], tmp_path: Path) -> None:
+    few, many, counted = tmp_path / "few", tmp_path / "many", tmp_path / "counted"
+    assert draw(places, "--classes", "1", "--per-class", "2", "--out", str(few)) == 0
+    assert draw(places, "--num", "14", "--batch", "5", "--out", str(many)) == 0
+    assert draw(places, "--classes", "3,1", "--per-class", "2,1", "--out", str(counted)) == 0
+    assert images(many).items() >= images(few).items()
+    assert images(many).items() >= images(counted).items()
+    # 14 over 4 classes: the first two have one more.
+    assert [len(list((many / f"{label:04d}").iterdir())) for label in range(CLASSES)] == [4, 4, 3, 3]
+    assert [len(list((counted / f"{label:04d}").iterdir())) for label in (1, 3)] == [1, 2]
 
 
 def test_seed_and_settings_change_the_images(places: list[str], tmp_path: Path) -> None:
@@ -113,17 +80,46 @@ def test_seed_and_settings_change_the_images(places: list[str], tmp_path: Path) 
         ("plain", []),
         ("seed", ["--seed", "1"]),
         ("cfg", ["--cfg", "6"]),
+        ("constant", ["--cfg", "6", "--guidance", "constant"]),
+        ("interval", ["--cfg", "6", "--guidance", "constant", "--cfg-scales", "0-1"]),
+        ("hot", ["--temperature", "3"]),
+        ("top_p", ["--top-p", "0.1,0.1,0.5"]),
         ("greedy", ["--top-k", "1"]),
         ("smooth", ["--smooth"]),
     ):
         assert draw(places, "--classes", "0", "--per-class", "1", "--out", str(tmp_path / name), *options) == 0
-        found.append(images(tmp_path / name)["0/00000.png"])
-    assert len(set(found)) == 5
+        found.append(images(tmp_path / name)["0000/00000.png"])
+    assert len(set(found)) == 9
 
 
-def test_bf16_draws_images_too(places: list[str], tmp_path: Path) -> None:
-    assert draw(places, "--per-class", "1", "--precision", "bf16", "--out", str(tmp_path)) == 0
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_draws_images_too(places: list[str], tmp_path: Path, precision: str) -> None:
+    assert draw(places, "--per-class", "1", "--precision", precision, "--out", str(tmp_path)) == 0
     assert len(images(tmp_path)) == CLASSES
+    assert json.loads((tmp_path / RECORD).read_text())["precision"] == precision
+
+
+def test_calibration_tells_how_far_each_precision_is(
+    places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(places, "--calibrate", "--num", "6", "--json", str(tmp_path / "figures.json")) == 0
+    said = capsys.readouterr().out
+    assert "distance from fp32 over 6 images" in said and "bf16" in said and "fp16" in said
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    bf16, fp16 = figures["context"]["distances"]
+    assert bf16["precision"] == "bf16" and len(bf16["divergence_S"]) == len(PYRAMID)
+    # Eight bits of a factor against eleven: sixty-four times in the divergence, which is of second order.
+    assert 0 < sum(fp16["divergence_S"]) < sum(bf16["divergence_S"]) / 8 < 1
+    assert 0 <= fp16["differing"] <= bf16["differing"] < 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_grid_has_a_bound_on_both_sides(places: list[str], tmp_path: Path) -> None:
+    sheet = tmp_path / "grid.png"
+    bounds = ("--grid-classes", "2", "--grid-per-class", "3")
+    assert draw(places, "--num", "40", "--out", str(tmp_path / "out"), "--grid", str(sheet), *bounds) == 0
+    assert pixels(sheet).shape == (2 * 8 + 2, 3 * 8 + 2 * 2, 3)
+    assert np.array_equal(pixels(sheet)[10:18, :8], pixels(tmp_path / "out/0003/00000.png"))
 
 
 def test_grid_alone_writes_nothing_else(places: list[str], tmp_path: Path) -> None:
@@ -136,6 +132,7 @@ def test_the_grid_waits_for_the_last_task(
     places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--per-class", "1", "--out", str(tmp_path / "out"), "--grid", str(tmp_path / "grid.png"), "--tasks", "2"]
+    options += ["--part", "2"]
     assert draw(places, *options, "--task", "1") == 0
     assert "left to the task that ends last" in capsys.readouterr().out
     assert not (tmp_path / "grid.png").exists()
@@ -150,6 +147,19 @@ def test_the_grid_waits_for_the_last_task(
         (["--classes", "3-1"], "not within 0-3"),
         (["--classes", "cat"], "cannot read 'cat'"),
         (["--per-class", "0"], "whole numbers from 1"),
+        (["--per-class", "1,2"], "2 numbers for 4 classes"),
+        (["--per-class", "balanced"], "Give --num"),
+        (["--per-class", "2", "--num", "9"], "makes 8 images"),
+        (["--num", "0"], "from 1"),
+        (["--batch", "0"], "whole numbers from 1"),
+        (["--cfg", "1,2"], "a table of 2 values, but the model has 3 scales"),
+        (["--cfg", "much"], "--cfg much: expected a number"),
+        (["--cfg-scales", "1-3"], "the model's scales are 0 to 2"),
+        (["--cfg-scales", "2-1"], "expected first and last scale"),
+        (["--cfg", "1,2,3", "--guidance", "constant"], "Leave one out"),
+        (["--temperature", "0"], "expected more than 0"),
+        (["--precision", "tf32"], "needs an NVIDIA GPU"),
+        (["--merge", "all.zip"], "must end in .npz"),
         (["--tasks", "2", "--task", "2"], "from 0 to 1"),
         (["--top-p", "1.5"], "0 to 1"),
         (["--device", "abacus"], "unknown"),
@@ -183,9 +193,10 @@ def test_images_drawn_otherwise_are_not_mixed_in(
     places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert draw(places, "--per-class", "1", "--out", str(tmp_path)) == 0
-    assert json.loads((tmp_path / sample.RECORD).read_text())["cfg"] == 1.5
+    assert json.loads((tmp_path / RECORD).read_text())["options"]["cfg"] == 1.5
     assert draw(places, "--per-class", "2", "--cfg", "2", "--seed", "9", "--out", str(tmp_path)) == 2
-    assert "drawn with other seed, cfg" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "counts.0: the folder has 1, this command 2" in said and "options.cfg: the folder has 1.5, this" in said
     assert len(images(tmp_path)) == CLASSES
 
 

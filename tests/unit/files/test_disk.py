@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mvar.errors import WriteError
-from mvar.files.disk import place, write_file, write_text, writing, writing_folder
+from mvar.files.disk import place, write_file, write_once, write_text, writing, writing_folder
 
 CALLS = ("fsync", "replace", "rename")
 
@@ -135,3 +135,21 @@ def test_a_link_is_replaced_in_one_step(tmp_path: Path) -> None:
         place(tmp_path / "latest", lambda link, target=target: link.symlink_to(target))
         assert os.readlink(tmp_path / "latest") == target
     assert os.listdir(tmp_path) == ["latest"]
+
+
+def test_what_is_written_once_keeps_its_first_content(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "job.json"
+    write_once(path, b"first")
+    write_once(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert [entry.name for entry in path.parent.iterdir()] == ["job.json"]
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    write_once(path, b"third")
+    assert path.read_bytes() == b"first"
+    write_once(tmp_path / "other.json", b"fourth")
+    assert (tmp_path / "other.json").read_bytes() == b"fourth"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["new", "other.json"]
