@@ -20,7 +20,7 @@ from typing import Any
 
 from mvar.cli import run_command
 from mvar.errors import ConfigError, MvarError
-from mvar.evaluation import judging, told
+from mvar.evaluation import EVALUATIONS, judging, told
 from mvar.evaluation.classifier import fit, load_classifier, save_classifier
 from mvar.evaluation.extractors import Extractor, open_extractor
 from mvar.evaluation.features import extract
@@ -35,8 +35,6 @@ from mvar.files.json_lines import append
 from mvar.log import log
 from mvar.sample import CLASSES, RECORD, pick_device
 
-EVALUATIONS = "evaluations.jsonl"
-"""In a run's folder: a flat object for each evaluation of its samples."""
 SIZE_JUDGED = 32
 HELD_OUT = 0.1
 

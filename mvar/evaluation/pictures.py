@@ -237,8 +237,9 @@ class NpzPictures:
                 self._shape(member)
                 for begin in range(0, self._count, batch):
                     count = min(batch, self._count - begin)
-                    data = _exactly(member, count * height * width * 3)
-                    yield np.frombuffer(data, dtype=np.uint8).reshape(count, height, width, 3)
+                    block_BHWC: Bytes = np.empty((count, height, width, 3), dtype=np.uint8)
+                    _fill(block_BHWC, member)
+                    yield block_BHWC
                 if member.read(1):  # Its end: here zipfile compares the checksum.
                     raise ValueError("more bytes than its shape says")
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -262,15 +263,14 @@ def _labels(archive: zipfile.ZipFile) -> I64:
     return labels_N.astype(np.int64)
 
 
-def _exactly(member: IO[bytes], count: int) -> bytes:
-    parts = []
-    while count:
-        part = member.read(count)
-        if not part:
+def _fill(block_BHWC: Bytes, member: IO[bytes]) -> None:
+    """Read as many bytes as the block has. Raises EOFError where there are fewer."""
+    place = block_BHWC.reshape(-1).data
+    while place:
+        count = member.readinto(place)  # type: ignore[attr-defined]
+        if not count:
             raise EOFError("it ends in the middle of a picture")
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+        place = place[count:]
 
 
 def _px(size: Sequence[int]) -> str:

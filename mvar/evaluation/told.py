@@ -193,11 +193,11 @@ def screen(figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: 
             "real images",
             f"{_number(floor_images)} in the samples' place ({reference.get('floor_of') or 'half against half'})",
         ),
-        ("features", f"{identity.name} ({identity.how}); sha256 {_short(identity.sha256)}"),
+        ("features", f"{identity.name} (mvar {__version__}, {identity.how}); sha256 {_short(identity.sha256)}"),
         (
             "how",
             f"KID unbiased over all pairs; precision, recall k={NEIGHBOURS}, {MANIFOLD:,} real images; +-: two "
-            f"errors over {context['options']['parts']} parts, of IS the spread over {IS_SPLITS} splits; mvar {__version__}",
+            f"errors over {context['options']['parts']} parts, of IS the spread over {IS_SPLITS} splits",
         ),
     ]
     lines += [""] + [f"{name:12}{text}" for name, text in told]
