@@ -22,6 +22,8 @@ COMMANDS = {
     "plan": ("mvar.plan.command", "memory, time and checkpoints of a training, before it is started"),
     "sample": ("mvar.sample", "draw images from a trained model"),
     "evaluate": ("mvar.evaluate", "compare samples with real images: FID, KID, precision, recall, ..."),
+    "evaluate-tokenizer": ("mvar.evaluate_tokenizer", "how well pictures survive a tokenizer: rFID, PSNR, SSIM, ..."),
+    "evaluate-model": ("mvar.evaluate_model", "loss, bits a token and accuracy on a whole split of a code store"),
     "reference": ("mvar.reference", "statistics of real images, for evaluations to come"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
     "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),

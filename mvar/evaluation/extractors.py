@@ -120,7 +120,7 @@ class TorchScript:
     _names: set[str] = frozenset()  # type: ignore[assignment]
 
     def _checked(self, found: Any, count: int) -> Tensor:
-        if not isinstance(found, Tensor) or not found.is_floating_point() or len(found) != count:
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[:1] != (count,):
             told = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             raise _wrong_file(self._path, f"its module gives {told}, expected features ({count}, F)", None)
         return found.float().reshape(count, -1)

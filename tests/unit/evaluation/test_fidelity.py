@@ -77,12 +77,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_precision_and_recall_in_blocks_equal_the_definition_by_brute_force() -> None:
     samples, real = _cloud(100, 0.4, seed=1), _cloud(20, seed=2)  # Five times as many, as 50,000 to 10,000.
 
-    def radius(cloud: torch.Tensor, i: int) -> float:
-        gaps = sorted(float((cloud[i] - cloud[j]).square().sum().sqrt()) for j in range(len(cloud)) if j != i)
-        return gaps[2]
+    def radii_of(cloud: torch.Tensor) -> list[float]:
+        gaps = [[float((a - b).square().sum().sqrt()) for b in cloud] for a in cloud]
+        return [sorted(own[:i] + own[i + 1 :])[2] for i, own in enumerate(gaps)]
+
+    radius = {id(cloud): radii_of(cloud) for cloud in (samples, real)}
 
     def inside(point: torch.Tensor, cloud: torch.Tensor) -> bool:
-        return any(float((point - cloud[j]).square().sum().sqrt()) <= radius(cloud, j) for j in range(len(cloud)))
+        return any(float((point - a).square().sum().sqrt()) <= r for a, r in zip(cloud, radius[id(cloud)], strict=True))
 
     found = precision_recall(samples, real)
     expected_precision = sum(inside(point, real) for point in samples) / len(samples)
