@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mvar.cli import run_command
 from mvar.errors import ConfigError, MvarError
@@ -41,8 +44,8 @@ HELD_OUT = 0.1
 
 def record_beside(samples: Path) -> dict[str, Any] | None:
     """What samples were drawn with, as far as it was noted beside them."""
-    places = [samples / RECORD, samples.with_suffix(".json"), samples.parent / RECORD]
-    for place in places if samples.is_dir() else places[1:]:
+    beside = [samples.with_name(f"{samples.name}.json"), samples.with_suffix(".json"), samples.parent / RECORD]
+    for place in [samples / RECORD] if samples.is_dir() else beside:
         try:
             tree = json.loads(place.read_text())
         except (OSError, ValueError):
@@ -54,7 +57,7 @@ def record_beside(samples: Path) -> dict[str, Any] | None:
 
 def differing_names(samples: Path, drawn: dict[str, Any] | None, classes: Sequence[str]) -> list[str]:
     """A line if classes of one number were called otherwise where the samples were drawn, as far as that is known."""
-    names = (drawn or {}).get(CLASSES)
+    names = told.found_in(drawn or {}, CLASSES)
     if not isinstance(names, list):
         return []
     pairs = enumerate(zip(names, classes, strict=False))
@@ -87,6 +90,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     pictures = samples_of(args.samples, bad)
     require_enough(pictures)
     drawn = record_beside(args.samples)
+    step = step_of(args, drawn)
     extractor = open_extractor(args.features, device)
     reference = the_reference(args, extractor, pictures.size)
     where = str(args.reference or reference.context["made_of"])
@@ -106,13 +110,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "samples_path": str(args.samples),
         "reference_path": None if args.reference is None else str(args.reference),
         "size_px": list(pictures.size),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "left_out": bad.left_out,
         "warnings": warnings,
     }
     context = told.context_of(samples, reference, identity, drawn, places, args.parts)
     print(told.screen(figures, context, warnings, identity))
     payload = {"name": "evaluate", "figures": told.keys(figures, identity), "goals": {}, "context": context}
-    note_in_run(args, payload)
+    if step is not None:
+        note_in_run(args.run, step, payload)
     return payload
 
 
@@ -163,22 +169,27 @@ def require_several_classes(pictures: Pictures, reference: Reference) -> None:
         )
 
 
-def note_in_run(args: argparse.Namespace, payload: dict[str, Any]) -> None:
-    """Add the figures to a run's evaluations, for `mvar report`."""
+def step_of(args: argparse.Namespace, drawn: dict[str, Any] | None) -> int | None:
+    """The checkpoint whose samples these are, where --run wants it noted. Raises ConfigError."""
     if args.run is None:
-        return
+        return None
     if not args.run.is_dir():
         raise ConfigError(f"--run {args.run}: no such folder. Give the run that the samples were drawn from.")
-    context = payload["context"]
-    drawn = context["drawn_with"] or {}
-    step = args.step if args.step is not None else drawn.get("step")
+    step = args.step if args.step is not None else told.found_in(drawn or {}, "step")
     if not isinstance(step, int):
         raise ConfigError("--run: say which checkpoint the samples are of (--step N); their record does not.")
+    return step
+
+
+def note_in_run(run: Path, step: int, payload: dict[str, Any]) -> None:
+    """Add the figures to a run's evaluations, for `mvar report`. Raises WriteError."""
+    context = payload["context"]
+    drawn = context["drawn_with"] or {}
     line = {"step": step, "images": context["samples"], **payload["figures"], "time_s": round(time.time(), 1)}
-    line |= {"weights": drawn.get("weights"), "cfg": drawn.get("cfg")}
+    line |= {"weights": told.found_in(drawn, "weights"), "cfg": told.found_in(drawn, "cfg")}
     line |= {"features": context["features"]["name"], "features_sha256": context["features"]["sha256"]}
     line |= {"reference_sha256": context["reference_sha256"], "samples_sha256": context["samples_sha256"]}
-    path = args.run / EVALUATIONS
+    path = run / EVALUATIONS
     try:
         append(path, line)
     except OSError as error:
@@ -254,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("batch", "parts", "epochs"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: expected a whole number from 1.")
+    if args.reference is not None and args.reference.suffix != ".npz":
+        raise ConfigError(f"--reference {args.reference}: must end in .npz.")
     payload = evaluate(args) if args.classifier is None else judge(args)
     if args.json is not None:
         write_text(args.json, json.dumps(payload, indent=1) + "\n")

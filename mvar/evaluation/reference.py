@@ -247,7 +247,7 @@ def _arrays(path: Path, where: str) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name not in (IMAGES, "arr_1")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise MvarError(f"{where}: cannot be read as an .npz ({error}). Copy it again, or make it anew.") from None
 
 

@@ -19,7 +19,13 @@ from mvar.evaluation.reference import IS_SPLITS, Reference
 from mvar.version import __version__
 
 PAPER_IMAGES = 50_000
-PAPER_OPTIONS: Mapping[str, float] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+PAPER_OPTIONS: Mapping[str, Any] = {
+    "cfg": 1.5,
+    "top_k": 900,
+    "top_p": 0.96,
+    "temperature": 1.0,
+    "guidance": "ramp",
+}
 """Those of the published figures (arXiv 2411.10433), without smoothing."""
 NAMES = {
     "frechet": ("FD", 3),
@@ -96,29 +102,45 @@ def _of_drawing(drawn: Mapping[str, Any] | None, count: int) -> list[str]:
     if drawn is None:
         return ["no record beside the samples (sample.json): what they were drawn with is not known."]
     lines = []
+    told = {key: found_in(drawn, key) for key in PAPER_OPTIONS}
     differing = [
-        f"{key} {_value(drawn, key)} (published {value:g})"
-        for key, value in PAPER_OPTIONS.items()
-        if _value(drawn, key) is not None and _value(drawn, key) != value
+        f"{key} {value} (published {PAPER_OPTIONS[key]})"
+        for key, value in told.items()
+        if value is not None and value != PAPER_OPTIONS[key]
     ]
     if differing:
         lines.append(f"drawn with {', '.join(differing)}.")
-    if _value(drawn, "smooth"):
+    if found_in(drawn, "interval") is not None:
+        lines.append(f"drawn with guidance in scales {found_in(drawn, 'interval')} alone (published: all).")
+    if found_in(drawn, "smooth"):
         lines.append("drawn with smoothing, which makes figures worse.")
-    wanted = next((_value(drawn, key) for key in ("images", "num", "count") if _value(drawn, key) is not None), None)
-    if isinstance(wanted, int) and wanted != count:
-        lines.append(f"{count:,} samples, but their record says {wanted:,}: some are missing.")
+    wanted = _images_of(drawn)
+    if wanted is not None and wanted != count:
+        lines.append(f"{count:,} samples, but their record says {wanted:,}: some are missing, or from elsewhere.")
     return lines
 
 
-def _value(tree: Mapping[str, Any], key: str) -> Any:
-    """Of a key at any depth of a record."""
+def _images_of(drawn: Mapping[str, Any]) -> int | None:
+    """How many samples a record speaks of."""
+    counts = found_in(drawn, "counts")
+    if isinstance(counts, Mapping) and all(isinstance(number, int) for number in counts.values()):
+        return sum(counts.values())
+    images = found_in(drawn, "images")
+    return images if isinstance(images, int) else None
+
+
+def found_in(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of a key at any depth of a record, or None."""
     if key in tree:
         return tree[key]
-    inner = [
-        found for child in tree.values() if isinstance(child, Mapping) and (found := _value(child, key)) is not None
-    ]
-    return inner[0] if inner else None
+    inner = (found_in(child, key) for child in tree.values() if isinstance(child, Mapping))
+    return next((found for found in inner if found is not None), None)
+
+
+def _without_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the thousand names of its classes."""
+    kept = {key: value for key, value in tree.items() if key not in ("classes", "counts")}
+    return {key: _without_names(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def context_of(
@@ -137,7 +159,7 @@ def context_of(
         "samples_classes": None if counts is None else len(counts),
         "samples_per_class": None if counts is None else [int(counts.min()), int(counts.max())],
         "samples_sha256": samples.sha256,
-        "drawn_with": None if drawn is None else dict(drawn),
+        "drawn_with": None if drawn is None else _without_names(drawn),
         "reference": reference.context,
         "reference_sha256": reference.sha256,
         "reference_features": None if reference.features_MF is None else len(reference.features_MF),
@@ -157,7 +179,6 @@ def context_of(
             "pillow": PIL.__version__,
             "python": platform.python_version(),
         },
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         **places,
     }
 
@@ -208,9 +229,11 @@ def screen(figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: 
 def _drawn(drawn: Mapping[str, Any] | None) -> str:
     if drawn is None:
         return "not known"
-    parts = [f"{key} {_value(drawn, key)}" for key in ("cfg", "top_k", "top_p", "smooth", "seed", "precision", "step")]
+    parts = [
+        f"{key} {found_in(drawn, key)}" for key in ("cfg", "top_k", "top_p", "smooth", "seed", "precision", "step")
+    ]
     parts = [part for part in parts if not part.endswith(" None")]
-    parts += [f"{key} {_short(str(_value(drawn, key)))}" for key in ("weights", "tokenizer") if _value(drawn, key)]
+    parts += [f"{key} {_short(str(found_in(drawn, key)))}" for key in ("weights", "tokenizer") if found_in(drawn, key)]
     return ", ".join(parts)
 
 
