@@ -1,11 +1,11 @@
 """`mvar evaluate` at the size of papers: seconds and memory of the whole command, on pictures of noise.
 
-seconds         from start to end of the command: both sets read and put through the network, FD, KID, precision, recall,
-                the errors over ten parts, and the floor
+seconds         the whole command: both sets read and put through the network, FD, KID, precision, recall, their errors
+                over ten parts, and the floor
 peak_rss_gib    most memory that the command's process held
 
-50,000 samples of 64 px against 50,000, both as .npz; the network is a stand-in that costs little and gives 1,280 features.
-Smaller runs: --images, --size, --width.
+50,000 samples of 64 px against 50,000, both as .npz; the network is a stand-in that costs little and gives
+1,280 features. Smaller runs: --images, --size, --width.
 """
 
 from __future__ import annotations

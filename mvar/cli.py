@@ -24,6 +24,8 @@ COMMANDS = {
     "merge-samples": ("mvar.merge_samples", "the samples of a job as one .npz"),
     "evaluate": ("mvar.evaluate", "compare samples with real images: FID, KID, precision, recall, ..."),
     "evaluate-checkpoints": ("mvar.evaluate_checkpoints", "figures of a run's checkpoints, also beside its training"),
+    "evaluate-tokenizer": ("mvar.evaluate_tokenizer", "how well pictures survive a tokenizer: rFID, PSNR, SSIM, ..."),
+    "evaluate-model": ("mvar.evaluate_model", "loss, bits a token and accuracy on a whole split of a code store"),
     "reference": ("mvar.reference", "statistics of real images, for evaluations to come"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
     "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),

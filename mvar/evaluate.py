@@ -13,23 +13,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mvar.cli import run_command
 from mvar.errors import ConfigError, MvarError
-from mvar.evaluation import judging, told
+from mvar.evaluation import EVALUATIONS, judging, told
 from mvar.evaluation.classifier import fit, load_classifier, save_classifier
-from mvar.evaluation.extractors import Extractor, Identity, open_extractor
+from mvar.evaluation.extractors import Extractor, open_extractor
 from mvar.evaluation.features import extract
 from mvar.evaluation.fidelity import NEIGHBOURS
 from mvar.evaluation.figures import PARTS, all_figures
 from mvar.evaluation.judging import LabelledImages
-from mvar.evaluation.pictures import CentreView, Pictures, SkipBad, samples_of
+from mvar.evaluation.pictures import CentreView, PictureStream, SkipBad, samples_of
 from mvar.evaluation.real import RealImages, add_arguments
 from mvar.evaluation.reference import Reference, make_reference, read_reference
-from mvar.evaluation.run_record import EVALUATIONS, add_evaluation
+from mvar.evaluation.run_record import add_evaluation
 from mvar.files.disk import write_text
 from mvar.log import log
 from mvar.sampling.job import CLASSES, RECORD
@@ -41,8 +44,8 @@ HELD_OUT = 0.1
 
 def record_beside(samples: Path) -> dict[str, Any] | None:
     """What samples were drawn with, as far as it was noted beside them."""
-    places = [samples / RECORD, samples.with_suffix(".json"), samples.parent / RECORD]
-    for place in places if samples.is_dir() else places[1:]:
+    beside = [samples.with_name(f"{samples.name}.json"), samples.with_suffix(".json"), samples.parent / RECORD]
+    for place in [samples / RECORD] if samples.is_dir() else beside:
         try:
             tree = json.loads(place.read_text())
         except (OSError, ValueError):
@@ -54,7 +57,7 @@ def record_beside(samples: Path) -> dict[str, Any] | None:
 
 def differing_names(samples: Path, drawn: dict[str, Any] | None, classes: Sequence[str]) -> list[str]:
     """A line if classes of one number were called otherwise where the samples were drawn, as far as that is known."""
-    names = (drawn or {}).get(CLASSES)
+    names = told.found_in(drawn or {}, CLASSES)
     if not isinstance(names, list):
         return []
     pairs = enumerate(zip(names, classes, strict=False))
@@ -68,7 +71,7 @@ def differing_names(samples: Path, drawn: dict[str, Any] | None, classes: Sequen
     ]
 
 
-def require_enough(pictures: Pictures) -> None:
+def require_enough(pictures: PictureStream) -> None:
     """Raises MvarError where precision and recall could not be computed at all."""
     if len(pictures) <= NEIGHBOURS:
         raise MvarError(
@@ -87,6 +90,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     pictures = samples_of(args.samples, bad)
     require_enough(pictures)
     drawn = record_beside(args.samples)
+    step = step_of(args, drawn)
     extractor = open_extractor(args.features, device)
     reference = the_reference(args, extractor, pictures.size)
     where = str(args.reference or reference.context["made_of"])
@@ -106,13 +110,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "samples_path": str(args.samples),
         "reference_path": None if args.reference is None else str(args.reference),
         "size_px": list(pictures.size),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "left_out": bad.left_out,
         "warnings": warnings,
     }
     context = told.context_of(samples, reference, identity, drawn, places, args.parts)
     print(told.screen(figures, context, warnings, identity))
-    payload = {"name": "evaluate", "figures": told.keys(figures, identity), "goals": {}, "context": context}
-    note_in_run(args, payload, identity, reference)
+    keyed = told.keys(figures, identity)
+    payload = {"name": "evaluate", "figures": keyed, "goals": {}, "context": context}
+    if step is not None:
+        kept = {name: told.found_in(drawn or {}, name) for name in ("weights", "cfg")}
+        kept |= {"samples_sha256": samples.sha256}
+        add_evaluation(args.run, step, len(pictures), keyed, identity, reference, kept)
     return payload
 
 
@@ -153,7 +162,7 @@ def the_reference(args: argparse.Namespace, extractor: Extractor, size: tuple[in
     return made
 
 
-def require_several_classes(pictures: Pictures, reference: Reference) -> None:
+def require_several_classes(pictures: PictureStream, reference: Reference) -> None:
     """Raises MvarError where samples of one class would be compared with images of several."""
     labels_N = pictures.labels_N
     if labels_N is not None and (reference.classes or 0) > 1 and int(labels_N.min()) == int(labels_N.max()):
@@ -163,19 +172,16 @@ def require_several_classes(pictures: Pictures, reference: Reference) -> None:
         )
 
 
-def note_in_run(args: argparse.Namespace, payload: dict[str, Any], identity: Identity, reference: Reference) -> None:
-    """Add the figures to a run's evaluations, for `mvar report`."""
+def step_of(args: argparse.Namespace, drawn: dict[str, Any] | None) -> int | None:
+    """The checkpoint whose samples these are, where --run wants it noted. Raises ConfigError."""
     if args.run is None:
-        return
+        return None
     if not args.run.is_dir():
         raise ConfigError(f"--run {args.run}: no such folder. Give the run that the samples were drawn from.")
-    drawn = payload["context"]["drawn_with"] or {}
-    step = args.step if args.step is not None else drawn.get("step")
+    step = args.step if args.step is not None else told.found_in(drawn or {}, "step")
     if not isinstance(step, int):
         raise ConfigError("--run: say which checkpoint the samples are of (--step N); their record does not.")
-    kept = {"weights": drawn.get("weights"), "options": drawn.get("options")}
-    kept |= {"samples_sha256": payload["context"]["samples_sha256"]}
-    add_evaluation(args.run, step, payload["context"]["samples"], payload["figures"], identity, reference, kept)
+    return step
 
 
 # --- the demo's classifier -------------------------------------------------------------------------------------------
@@ -247,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("batch", "parts", "epochs"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: expected a whole number from 1.")
+    if args.reference is not None and args.reference.suffix != ".npz":
+        raise ConfigError(f"--reference {args.reference}: must end in .npz.")
     payload = evaluate(args) if args.classifier is None else judge(args)
     if args.json is not None:
         write_text(args.json, json.dumps(payload, indent=1) + "\n")

@@ -21,12 +21,13 @@ from typing import Any
 from mvar.checkpoint.fingerprint import fingerprint
 from mvar.cli import run_command
 from mvar.errors import CheckpointError, ConfigError
+from mvar.evaluation import EVALUATIONS
 from mvar.evaluation.drawn import DrawnPictures
 from mvar.evaluation.extractors import Extractor, open_extractor
 from mvar.evaluation.features import extract
 from mvar.evaluation.figures import PARTS, all_figures
 from mvar.evaluation.reference import Reference, read_reference
-from mvar.evaluation.run_record import EVALUATIONS, add_evaluation, one_line
+from mvar.evaluation.run_record import add_evaluation, one_line
 from mvar.evaluation.told import keys
 from mvar.files.json_lines import read
 from mvar.log import log

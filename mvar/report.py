@@ -1,4 +1,4 @@
-"""`mvar report`: the curves of a run, drawn from its metrics.jsonl."""
+"""`mvar report`: the curves of a run, drawn from its metrics.jsonl, and how its samples were evaluated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ import matplotlib.pyplot as plt
 
 from mvar.cli import run_command
 from mvar.errors import MvarError
-from mvar.files.json_lines import JsonRecord
+from mvar.evaluation import EVALUATIONS
+from mvar.files.json_lines import JsonRecord, read
+
+DISTANCES = {"fid": "FID", "fd_efflite0": "FD-efflite0", "fd": "FD"}
+"""Keys of Frechet distances in evaluations, and their names."""
 
 
 def read_metrics(path: Path) -> list[JsonRecord]:
@@ -33,13 +37,26 @@ def read_metrics(path: Path) -> list[JsonRecord]:
     return records
 
 
-def draw_curves(records: list[JsonRecord], path: Path, title: str) -> None:
-    """Loss, accuracy, loss by scale and learning rate over images seen, as one PNG."""
+def read_evaluations(run: Path, records: list[JsonRecord]) -> list[JsonRecord]:
+    """Of a run's samples: those that `mvar evaluate --run` noted, and those of the training itself, by images seen."""
+    noted = [record for record in read(run / EVALUATIONS) if isinstance(record.get("step"), int)]
+    seen = {record["step"]: record["samples"] for record in records if record.get("step")}
+    if seen:
+        last = max(seen)
+        noted = [{"samples": seen.get(one["step"], one["step"] * seen[last] / last), **one} for one in noted]
+    own = [record for record in records if record["kind"] == "evaluate"]
+    found = [one for one in noted + own if "samples" in one and any(key in one for key in (*DISTANCES, "kid"))]
+    return sorted(found, key=lambda one: float(one["samples"]))
+
+
+def draw_curves(records: list[JsonRecord], path: Path, title: str, evaluations: Sequence[JsonRecord] = ()) -> None:
+    """Loss, accuracy, loss by scale and learning rate, and distances of samples, over images seen, as one PNG."""
     train = [record for record in records if record["kind"] == "train"]
     val = [record for record in records if record["kind"] == "val"]
     if not train:
         raise MvarError(f"{title}: no training steps are recorded yet, so there is nothing to draw.")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    rows = 3 if evaluations else 2
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.75 * rows), layout="constrained")
     figure.suptitle(title)
     for axis, key, label in ((axes[0][0], "loss", "cross entropy (nats)"), (axes[0][1], "accuracy", "token accuracy")):
         axis.plot(*_series(train, key), color="0.8", linewidth=0.8, label="training, each step")
@@ -56,6 +73,8 @@ def draw_curves(records: list[JsonRecord], path: Path, title: str) -> None:
     _draw_by_scale(axes[1][0], val or train, "validation" if val else "training")
     axes[1][1].plot(*_series(train, "lr"), color="tab:green")
     axes[1][1].set(ylabel="learning rate", xlabel="images seen")
+    if evaluations:
+        _draw_distances(axes[2], evaluations)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -73,6 +92,26 @@ def _draw_by_scale(axis: Any, records: list[JsonRecord], which: str) -> None:
         axis.plot([record["samples"] for record in records], points, color=colour, label=f"scale {scale + 1}")
     axis.set(ylabel=f"cross entropy by scale, {which}", xlabel="images seen")
     axis.legend(ncols=2, fontsize="small")
+
+
+def _draw_distances(axes: Any, evaluations: Sequence[JsonRecord]) -> None:
+    """Frechet and kernel distances, a line for each way they were made: figures of two ways cannot be compared."""
+    for axis, keys, title in ((axes[0], tuple(DISTANCES), "Frechet distance"), (axes[1], ("kid",), "KID")):
+        ways: dict[str, list[tuple[float, float, float, float | None]]] = {}
+        for one in evaluations:
+            for key in (key for key in keys if one.get(key) is not None):
+                told = [DISTANCES.get(key, ""), f"{one['images']:,} images" if "images" in one else ""]
+                told += [f"cfg {one['cfg']}" if one.get("cfg") is not None else ""]
+                point = one["samples"], one[key], 2 * (one.get(f"{key}_error") or 0.0), one.get(f"{key}_floor")
+                ways.setdefault(", ".join(filter(None, told)), []).append(point)
+        for way, points in ways.items():
+            x, y, spread, floors = zip(*points, strict=True)
+            (line, *_) = axis.errorbar(x, y, yerr=spread, fmt="o-", markersize=3, capsize=3, label=way or None)
+            if floors[-1] is not None:
+                axis.axhline(floors[-1], color=line.get_color(), linestyle=":", linewidth=1, label="real images")
+        axis.set(ylabel=title, xlabel="images seen")
+        if ways:
+            axis.legend(fontsize="small")
 
 
 def _series(records: list[JsonRecord], key: str) -> tuple[list[float], list[float]]:
@@ -96,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="PNG to write (default RUN/curves.png)")
     args = parser.parse_args(argv)
     out = args.out or args.run / "curves.png"
-    draw_curves(read_metrics(args.run / "metrics.jsonl"), out, str(args.run))
+    records = read_metrics(args.run / "metrics.jsonl")
+    draw_curves(records, out, str(args.run), read_evaluations(args.run, records))
     print(f"wrote {out}")
     return 0
 

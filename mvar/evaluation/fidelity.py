@@ -207,8 +207,9 @@ def radii(features_NF: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
         nearest: Tensor | None = None
         for left, right in _blocks((0, len(features_NF)), COLUMNS):
             distances = torch.cdist(rows_BF, features_NF[left:right].double())
-            own = torch.arange(max(begin, left), min(end, right), device=features_NF.device)
-            distances[own - begin, own - left] = 0  # Of an image to itself; rounding may say more.
+            if left < end and begin < right:  # An image's distance to itself is 0; rounding may say more.
+                own = torch.arange(max(begin, left), min(end, right), device=features_NF.device)
+                distances[own - begin, own - left] = 0
             few = distances.topk(min(neighbours + 1, right - left), dim=1, largest=False).values
             nearest = few if nearest is None else torch.cat([nearest, few], dim=1)
         assert nearest is not None

@@ -37,7 +37,7 @@ NUMBERS = tuple(map(str, range(1 << 16)))
 I64 = NDArray[np.int64]
 
 
-class Pictures(Protocol):
+class PictureStream(Protocol):
     """A finite, ordered set of RGB pictures of one size."""
 
     @property
@@ -89,7 +89,7 @@ class SkipBad:
 
 
 class ListedPictures:
-    """Pictures of listed files, decoded and cut to size by all cores ahead of who asks for them."""
+    """PictureStream of listed files, decoded and cut to size by all cores ahead of who asks for them."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class ListedPictures:
         return len(self._items)
 
     def blocks(self, batch: int) -> Iterator[Bytes]:
-        """As `Pictures`; damaged ones are left out, and their labels too, as far as `bad` allows."""
+        """As `PictureStream`; damaged ones are left out, and their labels too, as far as `bad` allows."""
         block: list[Bytes] = []
         kept: list[int] = []
         for number, found in enumerate(self._decoded(2 * batch)):
@@ -175,7 +175,7 @@ class AsItIs:
         return pixels
 
 
-def samples_of(path: Path, bad: SkipBad, cut: CentreView | None = None) -> Pictures:
+def samples_of(path: Path, bad: SkipBad, cut: CentreView | None = None) -> PictureStream:
     """What `mvar sample` or another program drew: class folders of pictures named by number, tars, or an .npz.
 
     `cut`: how files become pictures, if not as they are. Raises ImageError.
@@ -210,7 +210,7 @@ def samples_of(path: Path, bad: SkipBad, cut: CentreView | None = None) -> Pictu
 
 
 class NpzPictures:
-    """Pictures in member `arr_0` of an .npz, read block by block: 50,000 of 256 px are 9.8 GB."""
+    """PictureStream in member `arr_0` of an .npz, read block by block: 50,000 of 256 px are 9.8 GB."""
 
     def __init__(self, path: Path, where: str) -> None:
         self.path, self.where = path, where
@@ -230,15 +230,16 @@ class NpzPictures:
         return self._count
 
     def blocks(self, batch: int) -> Iterator[Bytes]:
-        """As `Pictures`. Raises ImageError where the file ends early or its checksum is wrong."""
+        """As `PictureStream`. Raises ImageError where the file ends early or its checksum is wrong."""
         height, width = self.size
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as member:
                 self._shape(member)
                 for begin in range(0, self._count, batch):
                     count = min(batch, self._count - begin)
-                    data = _exactly(member, count * height * width * 3)
-                    yield np.frombuffer(data, dtype=np.uint8).reshape(count, height, width, 3)
+                    block_BHWC: Bytes = np.empty((count, height, width, 3), dtype=np.uint8)
+                    _fill(block_BHWC, member)
+                    yield block_BHWC
                 if member.read(1):  # Its end: here zipfile compares the checksum.
                     raise ValueError("more bytes than its shape says")
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -262,15 +263,14 @@ def _labels(archive: zipfile.ZipFile) -> I64:
     return labels_N.astype(np.int64)
 
 
-def _exactly(member: IO[bytes], count: int) -> bytes:
-    parts = []
-    while count:
-        part = member.read(count)
-        if not part:
+def _fill(block_BHWC: Bytes, member: IO[bytes]) -> None:
+    """Read as many bytes as the block has. Raises EOFError where there are fewer."""
+    place = block_BHWC.reshape(-1).data
+    while place:
+        count = member.readinto(place)  # type: ignore[attr-defined]
+        if not count:
             raise EOFError("it ends in the middle of a picture")
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+        place = place[count:]
 
 
 def _px(size: Sequence[int]) -> str:

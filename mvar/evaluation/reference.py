@@ -114,13 +114,14 @@ def make_reference(
     batch: int,
     bad: SkipBad,
     spatial: bool = True,
+    floor: bool = True,
 ) -> Reference:
-    """Of the images of a split; the floor is of the other split, if it has any. Raises MvarError."""
+    """Of the images of a split; `floor`: of the other split, if it has any. Raises MvarError."""
     found = extract(real.pictures(split, count, bad), extractor, batch=batch, keep=keep, spatial=spatial)
     other = "val" if split == "train" else "train"
-    floor: Features | None = None
-    if keep and real.pick(other, keep):
-        floor = extract(real.pictures(other, keep, bad), extractor, batch=batch, spatial=False, classes=True)
+    others: Features | None = None
+    if floor and keep and real.pick(other, keep):
+        others = extract(real.pictures(other, keep, bad), extractor, batch=batch, spatial=False, classes=True)
     context: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -132,11 +133,11 @@ def make_reference(
         "features": dataclasses.asdict(extractor.identity),
         "made_of": real.describe(),
         "left_out": bad.left_out,
-        "floor_of": None if floor is None else f"{len(floor.features_NF)} images of {other}",
+        "floor_of": None if others is None else f"{len(others.features_NF)} images of {other}",
     }
-    if floor is not None and floor.probabilities_NK is not None and len(floor.probabilities_NK) >= IS_SPLITS:
-        context["inception_score"] = float(np.mean(inception_scores(floor.probabilities_NK, IS_SPLITS)))
-    return _of(found, None if floor is None else floor.features_NF, context, found.sha256)
+    if others is not None and others.probabilities_NK is not None and len(others.probabilities_NK) >= IS_SPLITS:
+        context["inception_score"] = float(np.mean(inception_scores(others.probabilities_NK, IS_SPLITS)))
+    return _of(found, None if others is None else others.features_NF, context, found.sha256)
 
 
 def read_reference(path: Path, extractor: Extractor, *, batch: int) -> Reference:
@@ -246,7 +247,7 @@ def _arrays(path: Path, where: str) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name not in (IMAGES, "arr_1")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise MvarError(f"{where}: cannot be read as an .npz ({error}). Copy it again, or make it anew.") from None
 
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvar.evaluation.extractors import Identity
+from mvar.evaluation import EVALUATIONS
+from mvar.evaluation.extractors import ExtractorIdentity
 from mvar.evaluation.reference import Reference
 from mvar.files.disk import cannot_write
 from mvar.files.json_lines import append
 
-EVALUATIONS = "evaluations.jsonl"
 FIGURES = ("fid", "fd", "sfid", "kid", "inception_score", "class_score", "precision", "recall")
 """How names of figures begin."""
 
@@ -25,7 +25,7 @@ def add_evaluation(
     step: int,
     images: int,
     figures: Mapping[str, float],
-    identity: Identity,
+    identity: ExtractorIdentity,
     reference: Reference,
     drawn: Mapping[str, Any],
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 import torch
 
-from mvar.evaluation.extractors import Identity
+from mvar.evaluation.extractors import ExtractorIdentity
 from mvar.evaluation.features import Features
 from mvar.evaluation.fidelity import NEIGHBOURS, ORDER_SEED
 from mvar.evaluation.figures import MANIFOLD, Figure, parts_of
@@ -19,7 +19,13 @@ from mvar.evaluation.reference import IS_SPLITS, Reference
 from mvar.version import __version__
 
 PAPER_IMAGES = 50_000
-PAPER_OPTIONS: Mapping[str, float] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+PAPER_OPTIONS: Mapping[str, Any] = {
+    "cfg": 1.5,
+    "top_k": 900,
+    "top_p": 0.96,
+    "temperature": 1.0,
+    "guidance": "ramp",
+}
 """Those of the published figures (arXiv 2411.10433), without smoothing."""
 NAMES = {
     "frechet": ("FD", 3),
@@ -31,14 +37,14 @@ NAMES = {
 }
 
 
-def frechet_name(identity: Identity) -> str:
+def frechet_name(identity: ExtractorIdentity) -> str:
     """FID with Inception's features, and another name with any others."""
     if identity.inception:
         return "FID"
     return f"FD-{identity.name}" if identity.name == "efflite0" else "FD"
 
 
-def keys(figures: Mapping[str, Figure], identity: Identity) -> dict[str, float]:
+def keys(figures: Mapping[str, Figure], identity: ExtractorIdentity) -> dict[str, float]:
     """Figures by the names that they have in JSON: `fid`, `fid_error`, `fid_floor`, ..."""
     flat: dict[str, float] = {}
     for name, figure in figures.items():
@@ -49,7 +55,7 @@ def keys(figures: Mapping[str, Figure], identity: Identity) -> dict[str, float]:
     return flat
 
 
-def short_key(name: str, identity: Identity) -> str:
+def short_key(name: str, identity: ExtractorIdentity) -> str:
     """Of a figure in JSON."""
     if name == "frechet":
         return frechet_name(identity).lower().replace("-", "_")
@@ -58,7 +64,9 @@ def short_key(name: str, identity: Identity) -> str:
     return {"spatial_frechet": "sfid", "kernel": "kid"}.get(name, name)
 
 
-def caveats(samples: Features, reference: Reference, identity: Identity, drawn: Mapping[str, Any] | None) -> list[str]:
+def caveats(
+    samples: Features, reference: Reference, identity: ExtractorIdentity, drawn: Mapping[str, Any] | None
+) -> list[str]:
     """Everything that can be seen and that would make a figure another than the papers'."""
     lines = []
     count, labels_N = len(samples.features_NF), samples.labels_N
@@ -96,35 +104,51 @@ def _of_drawing(drawn: Mapping[str, Any] | None, count: int) -> list[str]:
     if drawn is None:
         return ["no record beside the samples (sample.json): what they were drawn with is not known."]
     lines = []
+    told = {key: found_in(drawn, key) for key in PAPER_OPTIONS}
     differing = [
-        f"{key} {_value(drawn, key)} (published {value:g})"
-        for key, value in PAPER_OPTIONS.items()
-        if _value(drawn, key) is not None and _value(drawn, key) != value
+        f"{key} {value} (published {PAPER_OPTIONS[key]})"
+        for key, value in told.items()
+        if value is not None and value != PAPER_OPTIONS[key]
     ]
     if differing:
         lines.append(f"drawn with {', '.join(differing)}.")
-    if _value(drawn, "smooth"):
+    if found_in(drawn, "interval") is not None:
+        lines.append(f"drawn with guidance in scales {found_in(drawn, 'interval')} alone (published: all).")
+    if found_in(drawn, "smooth"):
         lines.append("drawn with smoothing, which makes figures worse.")
-    wanted = next((_value(drawn, key) for key in ("images", "num", "count") if _value(drawn, key) is not None), None)
-    if isinstance(wanted, int) and wanted != count:
-        lines.append(f"{count:,} samples, but their record says {wanted:,}: some are missing.")
+    wanted = _images_of(drawn)
+    if wanted is not None and wanted != count:
+        lines.append(f"{count:,} samples, but their record says {wanted:,}: some are missing, or from elsewhere.")
     return lines
 
 
-def _value(tree: Mapping[str, Any], key: str) -> Any:
-    """Of a key at any depth of a record."""
+def _images_of(drawn: Mapping[str, Any]) -> int | None:
+    """How many samples a record speaks of."""
+    counts = found_in(drawn, "counts")
+    if isinstance(counts, Mapping) and all(isinstance(number, int) for number in counts.values()):
+        return sum(counts.values())
+    images = found_in(drawn, "images")
+    return images if isinstance(images, int) else None
+
+
+def found_in(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of a key at any depth of a record, or None."""
     if key in tree:
         return tree[key]
-    inner = [
-        found for child in tree.values() if isinstance(child, Mapping) and (found := _value(child, key)) is not None
-    ]
-    return inner[0] if inner else None
+    inner = (found_in(child, key) for child in tree.values() if isinstance(child, Mapping))
+    return next((found for found in inner if found is not None), None)
+
+
+def _without_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the thousand names of its classes."""
+    kept = {key: value for key, value in tree.items() if key not in ("classes", "counts")}
+    return {key: _without_names(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def context_of(
     samples: Features,
     reference: Reference,
-    identity: Identity,
+    identity: ExtractorIdentity,
     drawn: Mapping[str, Any] | None,
     places: Mapping[str, Any],
     parts: int,
@@ -137,7 +161,7 @@ def context_of(
         "samples_classes": None if counts is None else len(counts),
         "samples_per_class": None if counts is None else [int(counts.min()), int(counts.max())],
         "samples_sha256": samples.sha256,
-        "drawn_with": None if drawn is None else dict(drawn),
+        "drawn_with": None if drawn is None else _without_names(drawn),
         "reference": reference.context,
         "reference_sha256": reference.sha256,
         "reference_features": None if reference.features_MF is None else len(reference.features_MF),
@@ -157,12 +181,13 @@ def context_of(
             "pillow": PIL.__version__,
             "python": platform.python_version(),
         },
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         **places,
     }
 
 
-def screen(figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: list[str], identity: Identity) -> str:
+def screen(
+    figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: list[str], identity: ExtractorIdentity
+) -> str:
     """Everything that a reader has to know, on one screen."""
     lines = [f"{'':22}{'samples':>12}{'+-':>14}{'real images':>14}"]
     for name, figure in figures.items():
@@ -193,11 +218,11 @@ def screen(figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: 
             "real images",
             f"{_number(floor_images)} in the samples' place ({reference.get('floor_of') or 'half against half'})",
         ),
-        ("features", f"{identity.name} ({identity.how}); sha256 {_short(identity.sha256)}"),
+        ("features", f"{identity.name} (mvar {__version__}, {identity.how}); sha256 {_short(identity.sha256)}"),
         (
             "how",
             f"KID unbiased over all pairs; precision, recall k={NEIGHBOURS}, {MANIFOLD:,} real images; +-: two "
-            f"errors over {context['options']['parts']} parts, of IS the spread over {IS_SPLITS} splits; mvar {__version__}",
+            f"errors over {context['options']['parts']} parts, of IS the spread over {IS_SPLITS} splits",
         ),
     ]
     lines += [""] + [f"{name:12}{text}" for name, text in told]
@@ -208,9 +233,11 @@ def screen(figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: 
 def _drawn(drawn: Mapping[str, Any] | None) -> str:
     if drawn is None:
         return "not known"
-    parts = [f"{key} {_value(drawn, key)}" for key in ("cfg", "top_k", "top_p", "smooth", "seed", "precision", "step")]
+    parts = [
+        f"{key} {found_in(drawn, key)}" for key in ("cfg", "top_k", "top_p", "smooth", "seed", "precision", "step")
+    ]
     parts = [part for part in parts if not part.endswith(" None")]
-    parts += [f"{key} {_short(str(_value(drawn, key)))}" for key in ("weights", "tokenizer") if _value(drawn, key)]
+    parts += [f"{key} {_short(str(found_in(drawn, key)))}" for key in ("weights", "tokenizer") if found_in(drawn, key)]
     return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Small TorchScript files that stand in for Inception, where tests and benchmarks need features and not their meaning."""
+"""Small TorchScript files that stand in for Inception, where features are needed and not their meaning."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class SmallExtractor(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.side = side
-        self.register_buffer("project", torch.randn(3 * side * side, width, generator=generator) / side)
-        self.register_buffer("head", torch.randn(width, classes, generator=generator) / width**0.5)
+        self.project = nn.Parameter(
+            torch.randn(3 * side * side, width, generator=generator) / side, requires_grad=False
+        )
+        self.head = nn.Parameter(torch.randn(width, classes, generator=generator) / width**0.5, requires_grad=False)
 
     def forward(self, images: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
         small = F.adaptive_avg_pool2d(images.float() / 128 - 1, (self.side, self.side)).flatten(1)

@@ -1,4 +1,4 @@
-"""`mvar evaluate` on pictures whose quality is known."""
+"""`mvar evaluate --classifier` on pictures whose quality is known."""
 
 import json
 from pathlib import Path

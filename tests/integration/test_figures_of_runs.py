@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvar.evaluation.run_record import EVALUATIONS
+from mvar.evaluation import EVALUATIONS
 from mvar.files.json_lines import read
 from mvar.testing.code_stores import make_store
 from mvar.testing.extractors import write_extractor

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mvar.testing.extractors import write_extractor
 from mvar.testing.tiny_runs import losses, records, write_config
 from tests.slurm.harness import HERE, PATIENCE_S, ROOT, Cluster, explained, steps_done, train_log, until
 from tests.stores import LATENT, PATCH_NUMS, VOCAB, image_folder, tiny_tokenizer
@@ -46,6 +47,7 @@ def checkout(folder: Path) -> Path:
     (folder / "recipes" / "tokenize.yaml").write_text("{shard_samples: 6, batch: 6, val_fraction: 0.3, threads: 1}")
     image_folder(folder / "imagenet", per_class=12)
     tiny_tokenizer(folder / "vae.safetensors")
+    write_extractor(folder / "inception-2015-12-05.pt")
     (folder / "bin").mkdir()
     (folder / "bin" / "sbatch").write_text(SBATCH)
     (folder / "bin" / "sbatch").chmod(0o755)

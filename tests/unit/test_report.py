@@ -8,7 +8,7 @@ from PIL import Image
 
 from mvar.errors import MvarError
 from mvar.report import main as report
-from mvar.report import read_metrics
+from mvar.report import read_evaluations, read_metrics
 
 
 def _record(kind: str, step: int) -> dict[str, object]:
@@ -54,3 +54,20 @@ def test_an_empty_run_is_named(tmp_path: Path) -> None:
         report([str(tmp_path / "a")])
     with pytest.raises(MvarError, match="no such file"):
         report([str(tmp_path / "none")])
+
+
+def test_distances_of_samples_stand_beside_the_curves(tmp_path: Path) -> None:
+    _write(tmp_path / "a", [_record("train", step) for step in range(1, 30)])
+    lines = [
+        {"step": s, "images": 500, "fid": 9.0 - s / 10, "fid_error": 0.2, "fid_floor": 2.0, "kid": 0.01}
+        for s in (10, 20)
+    ]
+    lines += [{"step": 40, "images": 500, "kid": 0.02}, {"step": 5, "images": 3}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "fi'
+    (tmp_path / "a/evaluations.jsonl").write_text(text)
+    found = read_evaluations(tmp_path / "a", read_metrics(tmp_path / "a/metrics.jsonl"))
+    per_step = _record("train", 10)["samples"] // 10  # type: ignore[operator]
+    assert [(one["step"], one["samples"]) for one in found] == [(s, s * per_step) for s in (10, 20, 40)]
+    assert report([str(tmp_path / "a")]) == 0
+    with Image.open(tmp_path / "a/curves.png") as picture:
+        assert picture.size[1] > 1000
