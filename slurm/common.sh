@@ -25,8 +25,8 @@ fi
 export MVAR_HOME MVAR_PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=$MVAR_CODE${PYTHONPATH:+:$PYTHONPATH}
 
 # What is compiled at the first use is kept on each node's own disk: a shared one would serve every look of every rank, and
-# its locks outlive those who took them. `launch` makes the folder on each node, for this user alone. mvar.run.extensions
-# keeps DeepSpeed's extensions there too.
+# its locks outlive those who took them. `launch` makes the folder on each node, for this user alone. DeepSpeed's extensions
+# are kept there too (mvar.run.compiled_extensions).
 set_once MVAR_CACHE "/tmp/mvar-cache-$(id -u)"
 set_once TRITON_CACHE_DIR "$MVAR_CACHE/triton"
 set_once TORCHINDUCTOR_CACHE_DIR "$MVAR_CACHE/inductor"

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 from mvar.config import DeviceChoice
 from mvar.errors import BackendError, ConfigError, MvarError
 from mvar.log import log
-from mvar.run import extensions
+from mvar.run import compiled_extensions
 from mvar.run.launcher import Place, detect, require_address, require_one_task_per_gpu
 
 T = TypeVar("T")
@@ -147,14 +147,14 @@ def start(
     """Join the other processes through DeepSpeed (NCCL with GPUs, gloo without), choose the device, set CPU threads.
 
     `start_limit_s`: how long to wait for them, if that is more than half an hour. Raises ConfigError where the launch
-    is wrong. Where compiled DeepSpeed extensions are kept: `mvar.run.extensions`.
+    is wrong. Where compiled DeepSpeed extensions are kept: `mvar.run.compiled_extensions`.
     """
     place = detect(environ)
     require_one_task_per_gpu(place, environ)
     if place.address is not None:
         require_address(place)
     choose_accelerator(environ)
-    extensions.prepare(environ)  # Before the ranks meet: none of them compiles yet.
+    compiled_extensions.prepare(environ)  # Before the ranks meet: none of them compiles yet.
     index = _device_index(place, environ) if torch.cuda.is_available() else None
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     # DeepSpeed reads these; LOCAL_RANK is what it takes for the number of the GPU.

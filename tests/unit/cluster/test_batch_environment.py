@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mvar.run.extensions import default_folder
+from mvar.run.compiled_extensions import default_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
