@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.errors import StoreError
+from mvar.errors import WriteError
 from mvar.files.disk import make_folder, writing
 from mvar.images.sources import Contents, Entry, Item
 from mvar.images.walk import evidence_of
@@ -92,10 +92,10 @@ class KeptListing:
 
 
 def _take(claims: Claims) -> bool:
-    """Whether to list: nobody else does. Where there can be no claims, everybody lists; the listings are the same."""
+    """Whether to list: nobody else does. Where no claim can be written, everybody lists; the listings are the same."""
     try:
         return claims.take(LISTING)
-    except StoreError:
+    except WriteError:
         return True
 
 
