@@ -27,6 +27,7 @@ from data_prep.encoder import BatchEncoder, Launched
 from data_prep.job import LastRun, ShardPlan, TokenizeConfig, TokenizeJob, open_source, pin, plan_job, quantizer_bytes
 from data_prep.progress import TokenizeProgress
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
+from mvar.cgroups import cores
 from mvar.cli import run_command
 from mvar.data.manifest import Quarantined
 from mvar.durations import duration
@@ -37,7 +38,6 @@ from mvar.images.sources import Item, Source, say_notes
 from mvar.images.views import ViewPlan, is_suspicious
 from mvar.randomness import permuted
 from mvar.run.claims import Claims
-from mvar.run.world import cores
 from mvar.settings import describe, load
 
 POLL_S = 2.0

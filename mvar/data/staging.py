@@ -25,8 +25,8 @@ def stage(store: str | Path, folder: Path) -> Path:
     `store` is a folder, a URL to whose end `/NAME` is added, or one in which `{file}` stands for the name
     (`pipe:aws s3 cp s3://bucket/codes/{file} -`). The copy is named by the manifest's digest, so another store gets
     another place. Any number of processes may call this at once: one copies, the others wait; where the file system has
-    no locks, each copies for itself. Every file arrives whole and with its digest; a copy that was interrupted is carried
-    on. Raises StoreError, WriteError.
+    no locks, each copies for itself. Every file arrives whole and with its digest; a copy that was interrupted is
+    carried on. Raises StoreError, WriteError.
     """
     if not is_url(str(store)):
         Manifest.read(Path(store))  # Says what is wrong with it and what to do.

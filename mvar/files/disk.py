@@ -164,7 +164,7 @@ def cannot_write(path: Path, error: OSError) -> WriteError:
 def remove_stale(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> int:
     """Remove temporaries that dead processes left in `folder`; returns how many. Those in use stay.
 
-    Where locks say nothing, one that is younger than `stale_after_s` may be in use: 0 is for whoever knows that none is.
+    Where locks say nothing, one that is younger than `stale_after_s` may be in use: 0 is for who knows that none is.
     """
     removed = 0
     with contextlib.suppress(OSError):

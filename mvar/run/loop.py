@@ -209,6 +209,7 @@ class TrainingLoop(ABC, Generic[B, L, R]):
 
     def _stop(self, done: int, *, saved: bool) -> int:
         if saved:
+            self.session.ask()
             self.settle()
         else:
             self._save(done, last=True)

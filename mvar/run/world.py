@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
+from mvar.cgroups import affinity, cores, cpu_quota, share_of_cores
 from mvar.config import DeviceChoice
 from mvar.errors import BackendError, ConfigError, MvarError
 from mvar.log import log
@@ -61,6 +62,8 @@ class World:
 
     place: Place
     device: torch.device
+    own_cores: int = field(default_factory=cores)
+    """For this rank alone: those that it may run on, divided by the ranks that may run on them too."""
 
     @property
     def rank(self) -> int:
@@ -161,10 +164,11 @@ def start(
     environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(index or 0))
     if index is not None:
         torch.cuda.set_device(device)
-    torch.set_num_threads(threads or max(1, cores() // place.local_size))
     _join(place, device, environ, start_limit_s)
     _adopt_by_deepspeed(device)
-    return World(place, device)
+    world = _meet(place, device)
+    torch.set_num_threads(threads or world.own_cores)
+    return world
 
 
 def join(environ: MutableMapping[str, str] = os.environ, device: DeviceChoice = "auto") -> World:
@@ -185,7 +189,7 @@ def join(environ: MutableMapping[str, str] = os.environ, device: DeviceChoice = 
     if place.size > 1:
         require_address(place)
         _join(place, chosen, environ, 0)
-    return World(place, chosen)
+    return _meet(place, chosen)
 
 
 def be_patient(limits_s: Iterable[float]) -> None:
@@ -225,9 +229,14 @@ def choose_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _meet(place: Place, device: torch.device) -> World:
+    """The world, once all have joined: the ranks of a machine tell each other which cores they may run on."""
+    world = World(place, device)
+    if place.size == 1:
+        return world
+    first = place.rank - place.local_rank
+    masks = world.gather(affinity())[first : first + place.local_size]
+    return replace(world, own_cores=share_of_cores(masks, place.local_rank, cpu_quota()))
 
 
 def _device_index(place: Place, environ: Mapping[str, str]) -> int:

@@ -122,7 +122,9 @@ def test_a_place_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
             write(tmp_path / "file/a")
 
 
-@pytest.mark.parametrize(("number", "tolerated"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSYS, True), (errno.EIO, False)])
+@pytest.mark.parametrize(
+    ("number", "tolerated"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSYS, True), (errno.EIO, False)]
+)
 def test_file_systems_that_cannot_sync_folders_are_tolerated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, tolerated: bool
 ) -> None:

@@ -58,9 +58,8 @@ def test_without_locks_a_living_process_is_known_by_its_heartbeat(
 ) -> None:
     no_locks(monkeypatch)
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
-    with first.claimed(9) as ours, pytest.raises(TrainingError, match="is training in it"):
-        with second.claimed(9):
-            pass
+    with first.claimed(9) as ours, pytest.raises(TrainingError, match="is training in it"), second.claimed(9):
+        pass
     assert ours  # Its own claim was never touched.
 
 
