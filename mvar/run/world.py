@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from mvar.config import DeviceChoice
 from mvar.errors import BackendError, ConfigError, MvarError
 from mvar.log import log
 from mvar.run import compiled_extensions
+from mvar.run.interfaces import explaining, require_reachable
 from mvar.run.launcher import Place, detect, require_address, require_one_task_per_gpu
 
 T = TypeVar("T")
@@ -62,7 +64,7 @@ class World:
 
     place: Place
     device: torch.device
-    own_cores: int = field(default_factory=cores)
+    own_cores: int = field(default_factory=cores, kw_only=True)
     """For this rank alone: those that it may run on, divided by the ranks that may run on them too."""
 
     @property
@@ -252,17 +254,21 @@ def _device_index(place: Place, environ: Mapping[str, str]) -> int:
 
 
 def _join(place: Place, device: torch.device, environ: MutableMapping[str, str], limit_s: float) -> None:
+    by_gloo = device.type != "cuda"
     common: dict[str, Any] = {
-        "backend": "nccl" if device.type == "cuda" else "gloo",
+        "backend": "gloo" if by_gloo else "nccl",
         "timeout": max(timedelta(seconds=limit_s), LATECOMERS),
-        "device_id": device if device.type == "cuda" else None,
+        "device_id": None if by_gloo else device,
     }
-    if place.address is None:
-        # Alone, nothing needs a port: two runs on one machine cannot meet by accident.
-        dist.init_process_group(store=HashStore(), rank=0, world_size=1, **common)
-    else:
-        environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
-        dist.init_process_group(rank=place.rank, world_size=place.size, **common)
+    if by_gloo:
+        require_reachable(place, environ)
+    with explaining(place, environ) if by_gloo else nullcontext():
+        if place.address is None:
+            # Alone, nothing needs a port: two runs on one machine cannot meet by accident.
+            dist.init_process_group(store=HashStore(), rank=0, world_size=1, **common)
+        else:
+            environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+            dist.init_process_group(rank=place.rank, world_size=place.size, **common)
 
 
 def _adopt_by_deepspeed(device: torch.device) -> None:
