@@ -9,6 +9,7 @@ compared when it is read.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -89,6 +90,13 @@ class KeptListing:
             file.write(gzip.compress(text.encode("ascii"), compresslevel=1, mtime=0))
             file.flush()
             os.utime(file.fileno(), ns=(begin_ns, begin_ns))
+
+
+def forget(folder: Path) -> None:
+    """Remove the listing, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        (folder / LISTING).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _take(claims: Claims) -> bool:
