@@ -167,18 +167,23 @@ def remove_stale(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> int:
     Where locks say nothing, one that is younger than `stale_after_s` may be in use: 0 is for who knows that none is.
     """
     removed = 0
-    with contextlib.suppress(OSError):
-        temporaries = list(folder.glob(".*.tmp"))
-        seen = look_at(folder) if temporaries else None
-        for temporary in temporaries:
-            assert seen is not None
-            with contextlib.suppress(OSError):
-                old = seen.now_s - temporary.stat().st_mtime > stale_after_s
-                here = temporary.name.split("~")[1:2] == [host_name()] and seen.locks
-                if old if not seen.locks else (here or old) and not is_locked(temporary):
-                    temporary.unlink()
-                    removed += 1
+    if temporaries := list(folder.glob(".*.tmp")):
+        with contextlib.suppress(OSError):
+            now = look_at(folder)
+            for temporary in temporaries:
+                with contextlib.suppress(OSError):
+                    if _is_stale(temporary, now, stale_after_s):
+                        temporary.unlink()
+                        removed += 1
     return removed
+
+
+def _is_stale(temporary: Path, now: FileSystem, stale_after_s: float) -> bool:
+    old = now.now_s - temporary.stat().st_mtime > stale_after_s
+    if not now.locks:
+        return old
+    here = temporary.name.split("~")[1:2] == [host_name()]
+    return (here or old) and is_locked(temporary) is False
 
 
 @dataclass(frozen=True)

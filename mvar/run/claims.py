@@ -144,15 +144,14 @@ class _Seen:
     """A claim, as it was seen. Another one is not equal to it, nor the same one after a sign of life."""
 
     text: str
+    """With a number that no other claim has: inodes are reused, and some file systems change them in a rename."""
     beat_ns: int
-    inode: int
 
     @classmethod
     def of(cls, path: Path) -> _Seen:
         """Raises OSError."""
         with path.open(encoding="utf-8", errors="replace") as file:  # Opening it asks a server for what is true now.
-            state = os.fstat(file.fileno())
-            return cls(file.read(), state.st_mtime_ns, state.st_ino)
+            return cls(file.read(), os.fstat(file.fileno()).st_mtime_ns)
 
     @property
     def host(self) -> str:
@@ -192,17 +191,14 @@ def _take_away(path: Path, stale_after_s: float) -> bool:
     """Take the claim of a dead holder away; False: it lives, or somebody else was quicker. Raises OSError."""
     grave = path.with_name(f"{path.name}~{secrets.token_hex(4)}.tmp")
     now = look_at(path.parent)
-    try:
+    with contextlib.suppress(FileNotFoundError):  # Given back, or taken away by somebody else.
         seen = _Seen.of(path)
-        if not seen.is_abandoned(path, now.now_s, stale_after_s, locks=now.locks):
-            return False
-        os.rename(path, grave)
-    except FileNotFoundError:
-        return False
-    if _Seen.of(grave) == seen:
-        grave.unlink()
-        return True
-    _give_back(grave, path)
+        if seen.is_abandoned(path, now.now_s, stale_after_s, locks=now.locks):
+            os.rename(path, grave)
+            if _Seen.of(grave) == seen:
+                grave.unlink()
+                return True
+            _give_back(grave, path)
     return False
 
 
