@@ -28,11 +28,11 @@ from pathlib import Path
 from benchmarks.harness import Report, parser
 from benchmarks.tokenize import make_images, make_tokenizer
 from data_prep.finalize import finalize
+from mvar.cgroups import cores
 from mvar.data.store import CodeStore
 from mvar.errors import MvarError
 from mvar.files.disk import sha256_of
 from mvar.images.sources import ImageFolder
-from mvar.run.world import cores
 
 Start = Callable[[int], subprocess.Popen[bytes]]
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from data_prep.allocator import keep_freed_memory
 from data_prep.job import Precision, TokenizeConfig
+from mvar.cgroups import cores
 from mvar.errors import BackendError
 from mvar.images.arrays import from_uint8, to_model_range
 from mvar.images.views import Pixels
 from mvar.model.kernels.arithmetic import products
-from mvar.run.world import cores
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 

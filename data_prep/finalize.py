@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data_prep.calibrate import Calibration
 from data_prep.job import LAST_RUN, LastRun, ShardPlan, TokenizeJob
 from data_prep.shards import is_complete, read_record, read_shard
+from mvar.cgroups import cores
 from mvar.cli import run_command
 from mvar.data.manifest import INDEX, MANIFEST, FileInfo, Manifest, Quarantined, ShardInfo, SplitInfo, check_file
 from mvar.data.store import CodeStore, IndexTable, write_index
@@ -26,7 +27,6 @@ from mvar.errors import StoreError
 from mvar.files.disk import remove_stale, write_file
 from mvar.run.claims import remove_claims
 from mvar.run.tasks import array_list
-from mvar.run.world import cores
 from mvar.scales import ScalePyramid
 
 I64 = NDArray[np.int64]

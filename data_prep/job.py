@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from data_prep.kept import KeptListing
+from data_prep.kept import KeptListing, forget
 from mvar.config import DeviceChoice
 from mvar.data.manifest import JOB, QUANTIZER, FileInfo, SourceInfo, TokenizerInfo
-from mvar.errors import StoreError
+from mvar.errors import MvarError, StoreError
 from mvar.files.disk import make_folder, sha256_of, write_file
 from mvar.images.layouts import Kind, open_images
 from mvar.images.pixels import Background, GreyBits, Orientation, Rules
@@ -206,6 +207,17 @@ def open_source(config: TokenizeConfig, *, keep: bool = False) -> Source:
         cache=config.source_cache,
         kept=kept,
     )
+
+
+@contextmanager
+def undone_if_refused(store: Path) -> Iterator[None]:
+    """A command that is refused before any task has pinned the job leaves nothing in the store's folder."""
+    try:
+        yield
+    except MvarError:
+        if not (store / JOB).exists():
+            forget(store)
+        raise
 
 
 def _may_be_listed(store: Path, contents: Contents) -> bool:

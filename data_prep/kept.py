@@ -9,6 +9,7 @@ compared when it is read.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvar.errors import StoreError
+from mvar.errors import WriteError
 from mvar.files.disk import make_folder, writing
 from mvar.images.sources import Contents, Entry, Item
 from mvar.images.walk import evidence_of
@@ -91,11 +92,18 @@ class KeptListing:
             os.utime(file.fileno(), ns=(begin_ns, begin_ns))
 
 
+def forget(folder: Path) -> None:
+    """Remove the listing, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        (folder / LISTING).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def _take(claims: Claims) -> bool:
-    """Whether to list: nobody else does. Where there can be no claims, everybody lists; the listings are the same."""
+    """Whether to list: nobody else does. Where no claim can be written, everybody lists; the listings are the same."""
     try:
         return claims.take(LISTING)
-    except StoreError:
+    except WriteError:
         return True
 
 

@@ -24,9 +24,20 @@ from numpy.typing import NDArray
 from data_prep.calibrate import Calibration, calibrate, calibration_views, require_accepted
 from data_prep.decode import Order, Rendered, Renderer, groups, rendered
 from data_prep.encoder import BatchEncoder, Launched
-from data_prep.job import LastRun, ShardPlan, TokenizeConfig, TokenizeJob, open_source, pin, plan_job, quantizer_bytes
+from data_prep.job import (
+    LastRun,
+    ShardPlan,
+    TokenizeConfig,
+    TokenizeJob,
+    open_source,
+    pin,
+    plan_job,
+    quantizer_bytes,
+    undone_if_refused,
+)
 from data_prep.progress import TokenizeProgress
 from data_prep.shards import ShardWriter, is_complete, read_record, shard_writer
+from mvar.cgroups import cores
 from mvar.cli import run_command
 from mvar.data.manifest import Quarantined
 from mvar.durations import duration
@@ -37,7 +48,6 @@ from mvar.images.sources import Item, Source, say_notes
 from mvar.images.views import ViewPlan, is_suspicious
 from mvar.randomness import permuted
 from mvar.run.claims import Claims
-from mvar.run.world import cores
 from mvar.settings import describe, load
 
 POLL_S = 2.0
@@ -67,12 +77,13 @@ def tokenize(
     if skip_bad < 0:
         raise ConfigError(f"--skip-bad {skip_bad}: expected a number of images, from 0.")
     encoder = BatchEncoder.load(config)
-    source = open_source(config, keep=True)
-    say_notes(source)
-    quantizer = quantizer_bytes(encoder.vqvae)
-    job = plan_job(config, source, encoder.vqvae, quantizer)
-    calibration = None if config.is_exact else accepted_calibration(config, source, encoder, job)
-    pin(config.store, job, quantizer)
+    with undone_if_refused(config.store):
+        source = open_source(config, keep=True)
+        say_notes(source)
+        quantizer = quantizer_bytes(encoder.vqvae)
+        job = plan_job(config, source, encoder.vqvae, quantizer)
+        calibration = None if config.is_exact else accepted_calibration(config, source, encoder, job)
+        pin(config.store, job, quantizer)
     if calibration is not None:
         calibration.write(config.store)
     LastRun(tasks=tasks, skip_bad=skip_bad).write(config.store)

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from mvar.cgroups import cores
 from mvar.checkpoint.fingerprint import fingerprint
 from mvar.checkpoint.partition import EMA, WEIGHT
 from mvar.checkpoint.weights import open_weights
@@ -32,7 +33,7 @@ from mvar.log import log
 from mvar.model.transformer import MVAR
 from mvar.run import world as worlds
 from mvar.run.command import run_training
-from mvar.run.world import World, cores
+from mvar.run.world import World
 from mvar.sampling.precision import DTYPES, PRECISIONS, SamplePrecision, arithmetic, choose
 from mvar.training.objective import Objective
 from mvar.version import __version__

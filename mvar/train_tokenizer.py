@@ -38,7 +38,7 @@ from mvar.run.folder import RunFolder
 from mvar.run.loop import Session, TrainingLoop, Votes, claim, due
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
-from mvar.run.world import World, be_patient, cores
+from mvar.run.world import World, be_patient
 from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
@@ -109,7 +109,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         log.info(f"{world.size} ranks; rank {world.rank} on {world.device}, process {os.getpid()}")
         stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s, looks=world.is_main))
         session = Session(run, world, watchdog, stops, ours, config.takeover_s)
-        threads = config.threads or max(1, cores() // world.place.local_size)
+        threads = config.threads or world.own_cores
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
         known = world.share(world.together(lambda: _known_damage(config, source) if world.is_main else None))

@@ -3,6 +3,23 @@
 # (the job as Slurm's commands take it), MVAR_PYTHON, the times that Slurm forgets to tell, and the functions below. A
 # site's own settings come from MVAR_SITE, by default slurm/site.env there.
 
+# A job that is submitted from inside of another one inherits all of that one's SLURM_ variables that Slurm does not set for
+# it: how a step was bound to cores, three ways of counting memory of which srun takes one, the numbers of an array, the
+# time at which the other job has to end. The first go, before a site says what it wants; the others are asked of Slurm.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_MEM_PER_@}" "${!SLURM_STEP@}" "${!SLURM_SRUN_COMM_@}" \
+  SLURM_LAUNCH_NODE_IPADDR SLURM_EXACT SLURM_OVERLAP SLURM_WHOLE SLURM_TIMELIMIT SLURM_WAIT SLURM_MULTI_PROG
+truth=$(timeout 30 scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID ") || truth=
+# told NAME: what Slurm says of this job.
+told() { [[ $truth =~ \ $1=([^ ]+) ]] && echo "${BASH_REMATCH[1]}"; }
+if [ -n "$truth" ]; then
+  told ArrayJobId >/dev/null || unset "${!SLURM_ARRAY_@}"
+  SLURM_RESTART_COUNT=$(told Restarts) && export SLURM_RESTART_COUNT
+  # Older versions tell a job neither when it began nor when it has to end.
+  unset SLURM_JOB_START_TIME SLURM_JOB_END_TIME
+  if began=$(told StartTime) && began=$(date -d "$began" +%s 2>/dev/null); then export SLURM_JOB_START_TIME=$began; fi
+  if ends=$(told EndTime) && ends=$(date -d "$ends" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$ends; fi
+fi
+
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
 
@@ -25,8 +42,8 @@ fi
 export MVAR_HOME MVAR_PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=$MVAR_CODE${PYTHONPATH:+:$PYTHONPATH}
 
 # What is compiled at the first use is kept on each node's own disk: a shared one would serve every look of every rank, and
-# its locks outlive those who took them. `launch` makes the folder on each node, for this user alone. mvar.run.extensions
-# keeps DeepSpeed's extensions there too.
+# its locks outlive those who took them. `launch` makes the folder on each node, for this user alone. DeepSpeed's extensions
+# are kept there too (mvar.run.compiled_extensions).
 set_once MVAR_CACHE "/tmp/mvar-cache-$(id -u)"
 set_once TRITON_CACHE_DIR "$MVAR_CACHE/triton"
 set_once TORCHINDUCTOR_CACHE_DIR "$MVAR_CACHE/inductor"
@@ -52,12 +69,6 @@ set_once TORCH_NCCL_DUMP_ON_TIMEOUT 1
 # Since 22.05, srun does not take over the batch job's --cpus-per-task by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
-# Newer versions tell a job when it began and has to end; older ones have to be asked.
-if [ -z "${SLURM_JOB_END_TIME:-}" ] && times=$(timeout 30 squeue -h -j "$JOB" -o '%S %e') && [ -n "$times" ]; then
-  if began=$(date -d "${times% *}" +%s 2>/dev/null); then export SLURM_JOB_START_TIME=$began; fi
-  if ends=$(date -d "${times#* }" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$ends; fi
-fi
-
 # What each task runs in front of its command. Compiled code that somebody else may have put there is not to be run.
 # shellcheck disable=SC2016
 TASK='trap "" USR1
@@ -79,7 +90,7 @@ launch() {
   done
   shift
   # shellcheck disable=SC2016,SC2086
-  srun --kill-on-bad-exit=1 "${options[@]}" ${MVAR_LAUNCH:-} bash -c "$TASK" mvar "$PWD" "$@"
+  srun --kill-on-bad-exit=1 ${options[@]+"${options[@]}"} ${MVAR_LAUNCH:-} bash -c "$TASK" mvar "$PWD" "$@"
 }
 
 # examine ARGUMENTS...: writes what the job's first node has into the log, as `mvar doctor` sees it where the tasks will

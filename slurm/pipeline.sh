@@ -33,6 +33,11 @@ site=${MVAR_SITE:-$MVAR_HOME/slurm/site.env}
 # shellcheck source=slurm/site.env.example
 if [ -f "$site" ]; then . "$site"; fi
 
+# Started inside of a job: what Slurm told that one is not for the new ones.
+for name in "${!SLURM_@}"; do
+  case $name in SLURM_CONF | SLURM_CLUSTERS | SLURM_JWT | SLURM_TIME_FORMAT) ;; *) unset "$name" ;; esac
+done
+
 images='' tokenizer='' config='' out='' per_node='' dry=''
 codes=recipes/tokenize.yaml nodes=1 gpus=8 chain=30 tokenize_tasks=8 sample_tasks=16 per_class=50 size=64 features=''
 every=() tokenize=() train=() sample=() evaluate=()
@@ -86,7 +91,7 @@ submit() {
   shift
   options+=(${every[@]+"${every[@]}"})
   if [ -n "$after" ]; then options+=("--dependency=$after" --kill-on-invalid-dep=yes); fi
-  set -- sbatch --parsable "${options[@]}" "$MVAR_HOME/slurm/$name.sbatch" "$@"
+  set -- sbatch --parsable ${options[@]+"${options[@]}"} "$MVAR_HOME/slurm/$name.sbatch" "$@"
   if [ -n "$dry" ]; then
     id="<$name>"
     printf '%q ' "$@" | sed 's/\\\([<>]\)/\1/g; s/ $/\n/'

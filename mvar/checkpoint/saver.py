@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from mvar.cgroups import memory_left
 from mvar.checkpoint.partition import Partition
 from mvar.checkpoint.record import Identity, Progress
 from mvar.checkpoint.saving import Draft, note_validation
@@ -171,13 +172,6 @@ class Saver:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still allocate: of the machine, or of its control group (v2) if that is less."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
-        folder = Path("/sys/fs/cgroup") / group
-        limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
-        used = int((folder / "memory.current").read_text(encoding="utf-8"))
-        return free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
-        return free
+    """Bytes that this process may still allocate: of the machine, or of its control groups if that is less."""
+    free, left = int(psutil.virtual_memory().available), memory_left()
+    return free if left is None else min(free, left)

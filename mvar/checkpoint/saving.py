@@ -14,7 +14,7 @@ from mvar.checkpoint.partition import WEIGHT, Partition, Piece
 from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, CheckpointRecord, Identity, Progress, key_of
 from mvar.checkpoint.tensors import FileRecord, write_tensors
 from mvar.errors import CheckpointError
-from mvar.files.disk import cannot_write, publish_folder, synced, write_text
+from mvar.files.disk import cannot_write, publish_folder, remove_tree, synced, write_text
 from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.settings import dump
@@ -54,8 +54,8 @@ class Draft:
 
     def _prepare(self, sync_records: Callable[[], None]) -> None:
         sync_records()
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        remove_tree(self._temporary)
+        self._temporary.mkdir(parents=True, exist_ok=True)  # NFS may keep a file in it for whoever has it open.
         needed = self._partition.bytes_of_all
         free = shutil.disk_usage(self._temporary).free
         if free < needed:

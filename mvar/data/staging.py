@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from mvar.data.manifest import MANIFEST, FileInfo, Manifest
 from mvar.errors import StoreError
-from mvar.files.disk import make_folder, remove_stale, write_file
+from mvar.files.disk import STALE_AFTER_S, cannot_write, look_at, make_folder, remove_stale, write_file
 from mvar.files.remote import fetch, is_url, read
+from mvar.log import log
 
 COPIES_AT_ONCE = 4
 
@@ -21,19 +24,19 @@ def stage(store: str | Path, folder: Path) -> Path:
 
     `store` is a folder, a URL to whose end `/NAME` is added, or one in which `{file}` stands for the name
     (`pipe:aws s3 cp s3://bucket/codes/{file} -`). The copy is named by the manifest's digest, so another store gets
-    another place. Any number of processes may call this at once: one copies, the others wait. Every file arrives whole
-    and with its digest; a copy that was interrupted is carried on. Raises StoreError.
+    another place. Any number of processes may call this at once: one copies, the others wait; where the file system has
+    no locks, each copies for itself. Every file arrives whole and with its digest; a copy that was interrupted is
+    carried on. Raises StoreError, WriteError.
     """
     if not is_url(str(store)):
         Manifest.read(Path(store))  # Says what is wrong with it and what to do.
     data = read(file_url(store, MANIFEST))
     target = folder / hashlib.sha256(data).hexdigest()[:16]
     make_folder(target)
-    with (target / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Dies with its holder.
+    with _alone(target) as alone:
         if (target / MANIFEST).is_file():
             return target
-        remove_stale(target, stale_after_s=0)
+        remove_stale(target, stale_after_s=0 if alone else STALE_AFTER_S)
         manifest = Manifest.parse(data, str(store))
         files: list[FileInfo] = [manifest.index, manifest.quantizer]
         files += [shard for split in manifest.splits.values() for shard in split.shards]
@@ -47,6 +50,21 @@ def stage(store: str | Path, folder: Path) -> Path:
             )
         write_file(target / MANIFEST, data)
     return target
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Wait until no other process copies into the folder, and keep others out; False where locks cannot do that."""
+    try:
+        with (folder / "lock").open("w") as lock:
+            locks = look_at(folder).locks
+            if locks:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # Dies with its holder.
+            else:
+                log.warning("%s: this file system has no locks, so each rank copies the store for itself.", folder)
+            yield locks
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def file_url(store: str | Path, name: str) -> str:

@@ -19,6 +19,7 @@ from typing import IO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mvar.cgroups import cores
 from mvar.errors import ImageError
 from mvar.images.archives import MemberReader
 from mvar.images.archives import look_into as look_into_tars
@@ -28,7 +29,6 @@ from mvar.images.pixels import AS_PUBLISHED, DamagedImageError, FileReader
 from mvar.images.sources import ImageFolder, Item, Listing, Reader
 from mvar.images.views import centre_view
 from mvar.log import log
-from mvar.run.world import cores
 
 IMAGES, LABELS = "arr_0", "arr_1"
 """Members of an .npz as the ADM evaluation suite wants it: uint8 (N, H, W, 3), and class numbers (N,)."""

@@ -5,6 +5,9 @@ outlives a crash of the machine, too. Whatever the operating system answers beco
 says what to do; the temporary is gone then, and what had the name before still has it. Several processes may write one
 path at once: each has its own temporary, the last rename wins. A temporary is locked while its writer lives, so that
 another process can tell a stale one from one in use.
+
+File systems lack this or that: hard links (then a copy is made), locks (then age decides), the sync of folders. None of
+it is an error.
 """
 
 from __future__ import annotations
@@ -12,15 +15,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,8 +34,11 @@ BLOCK_BYTES = 1 << 20
 """Read at once when a file is digested."""
 STALE_AFTER_S = 3600.0
 """Age at which a temporary of another host is stale, where locks may not reach from host to host."""
-_CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
+_TRASH = ".trash-"
+_CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What file systems answer on which a folder cannot be synced: nothing more can be done there."""
+_CANNOT_LINK = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+"""What file systems answer that have no hard links, or none for this file."""
 
 
 @contextmanager
@@ -126,23 +133,43 @@ def synced(path: Path) -> Iterator[BinaryIO]:
 def publish_folder(temporary: Path, path: Path) -> None:
     """Give a folder whose files are synced its name, in place of a folder that had it. Raises OSError."""
     sync_folder(temporary)
-    trash = _trash_name(path)
     if path.exists():
-        shutil.rmtree(trash, ignore_errors=True)
-        os.rename(path, trash)
+        os.rename(path, _trash_name(path))
     os.rename(temporary, path)
     sync_folder(path.parent)
-    shutil.rmtree(trash, ignore_errors=True)
+    for trash in path.parent.glob(f"{_TRASH}{glob.escape(path.name)}-*"):
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def place(path: Path, make: Callable[[Path], object]) -> None:
     """Have a link made under a temporary name, and give it the name `path`. Raises WriteError."""
     temporary = _temporary_name(path)
     try:
-        make(temporary)
-        os.replace(temporary, path)
+        try:
+            make(temporary)
+            os.replace(temporary, path)
+        finally:  # Also where both were links to one file: then nothing was renamed.
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def keep_beside(path: Path, name: Path) -> None:
+    """Give a file, as it is now, a second name: what is written to `path` later does not change it. Raises WriteError.
+
+    A hard link, or a copy where there are none.
+    """
+    place(name, lambda link: _link_or_copy(path, link))
+
+
+def _link_or_copy(path: Path, link: Path) -> None:
+    try:
+        os.link(path, link)
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        with path.open("rb") as source, synced(link) as copy:
+            shutil.copyfileobj(source, copy, BLOCK_BYTES)
 
 
 def make_folder(path: Path) -> None:
@@ -161,16 +188,49 @@ def cannot_write(path: Path, error: OSError) -> WriteError:
 
 
 def remove_stale(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> int:
-    """Remove temporaries that dead processes left in `folder`; returns how many. Those in use stay."""
+    """Remove temporaries that dead processes left in `folder`; returns how many. Those in use stay.
+
+    Where locks say nothing, one that is younger than `stale_after_s` may be in use: 0 is for who knows that none is.
+    """
     removed = 0
-    for temporary in folder.glob(".*.tmp"):
+    if temporaries := list(folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
-            here = temporary.name.split("~")[1:2] == [host_name()]
-            old = time.time() - temporary.stat().st_mtime > stale_after_s
-            if (here or old) and is_unlocked(temporary):
-                temporary.unlink()
-                removed += 1
+            now = look_at(folder)
+            for temporary in temporaries:
+                with contextlib.suppress(OSError):
+                    if _is_stale(temporary, now, stale_after_s):
+                        temporary.unlink()
+                        removed += 1
     return removed
+
+
+def _is_stale(temporary: Path, now: FileSystem, stale_after_s: float) -> bool:
+    old = now.now_s - temporary.stat().st_mtime > stale_after_s
+    if not now.locks:
+        return old
+    here = temporary.name.split("~")[1:2] == [host_name()]
+    return (here or old) and is_locked(temporary) is False
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """What a file system says of itself now."""
+
+    now_s: float
+    """Its clock, which the times of its files are of."""
+    locks: bool
+    """Whether a lock keeps a second opening of the file out. Some have no locks, some grant each to everybody."""
+
+
+def look_at(folder: Path) -> FileSystem:
+    """Try it with a file that is gone again. Raises OSError."""
+    file, temporary = create_temporary(folder / "look")
+    with file:
+        try:
+            os.utime(file.fileno())
+            return FileSystem(os.fstat(file.fileno()).st_mtime, is_locked(temporary) is True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def create_temporary(path: Path) -> tuple[BinaryIO, Path]:
@@ -178,8 +238,7 @@ def create_temporary(path: Path) -> tuple[BinaryIO, Path]:
     while True:
         temporary = _temporary_name(path)
         file = temporary.open("xb")
-        with contextlib.suppress(OSError):  # File systems without locks: the age decides.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
         with contextlib.suppress(FileNotFoundError):
             if os.stat(temporary).st_ino == os.fstat(file.fileno()).st_ino:
                 return file, temporary
@@ -190,14 +249,22 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}~{host_name()}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
 
 
-def is_unlocked(path: Path) -> bool:
-    """Whether nobody holds the file's lock: its writer is dead, as far as locks reach. Raises OSError."""
+def lock(file: BinaryIO) -> None:
+    """Lock a file for as long as it is open, where the file system has locks: where it has none, age decides."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether somebody holds the file's lock, as far as locks reach; None: the file system has none. Raises OSError."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
-    return True
+            return True
+        except OSError:
+            return None
+    return False
 
 
 def host_name() -> str:
@@ -239,25 +306,40 @@ def sync_file(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk, so that a rename outlives a crash of the machine. Raises OSError."""
+def sync_folder(folder: Path) -> bool:
+    """Put the names in a folder on disk, so that a rename outlives a crash of the machine; False where the file system
+    cannot do that. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC_FOLDERS:
             raise
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 def discard_folder(folder: Path) -> None:
     """Remove a folder so that a kill half-way never leaves half of it under its name. Raises OSError."""
     trash = _trash_name(folder)
-    shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
-    shutil.rmtree(trash)
+    remove_tree(trash)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, but for what NFS keeps in it of files that somebody still has open. Raises OSError.
+
+    NFS gives such a file the name `.nfs...`, which lasts until it is closed: whoever comes by later removes the rest.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    left = [path for path in folder.rglob("*") if not path.is_dir()]
+    in_use = bool(left) and all(path.name.startswith(".nfs") for path in left)
+    if folder.exists() and not in_use:
+        shutil.rmtree(folder)
 
 
 def _trash_name(folder: Path) -> Path:
-    return folder.with_name(f".trash-{folder.name}")
+    """A new one each time: what lies under an older one may be there to stay for a while."""
+    return folder.with_name(f"{_TRASH}{folder.name}-{secrets.token_hex(4)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mvar.cgroups import affinity, cpu_quota, memory_limit
 from mvar.machine.findings import Finding
 from mvar.plan.gpus import recognise
 
@@ -66,10 +67,11 @@ def _gpu(row: str) -> Finding:
 
 def look_at_host() -> list[Finding]:
     """Cores and memory, and what the job may have of them."""
-    may = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    may, quota = len(affinity()), cpu_quota()
+    text = f"{may} of {os.cpu_count()} may be used" + (f", {quota:g} cores' time of them" if quota is not None else "")
     found = [
         Finding("python", f"{platform.python_version()} on {platform.node()}, {platform.platform()}"),
-        Finding("cores", f"{may} of {os.cpu_count()} may be used"),
+        Finding("cores", text),
     ]
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = memory_limit()
@@ -83,24 +85,6 @@ def look_at_host() -> list[Finding]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     found.append(Finding("open files", f"{files} (up to {most})", "good" if files >= 1024 else "bad", ""))
     return found
-
-
-def memory_limit(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The tightest limit of this process's control groups (v2), in bytes; None if there is none."""
-    try:
-        name = cgroup.read_text(encoding="utf-8").rpartition("0::/")[2].strip()
-    except OSError:
-        return None
-    folder, limits = root / name, []
-    while folder == root or root in folder.parents:
-        try:
-            limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
-        except OSError:
-            limit = "max"
-        if limit.isdigit():
-            limits.append(int(limit))
-        folder = folder.parent
-    return min(limits, default=None)
 
 
 def look_at_compilers(has_gpu: bool) -> list[Finding]:

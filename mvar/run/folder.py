@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from mvar.errors import CheckpointError, TrainingError
 from mvar.files.disk import write_text
 from mvar.log import log
 from mvar.run.claims import Claims, claim_path
-from mvar.run.names import CLAIM, remove_leftovers
+from mvar.run.names import CLAIM, is_leftover, remove_leftovers
 
 CLAIM_PATIENCE_S = 5.0
 """A killed predecessor on this host may take this long to let go of the folder."""
@@ -66,22 +65,25 @@ class RunFolder:
         )
 
     def _take(self, claims: Claims) -> None:
+        """Wait for the claim until it is ours, or its holder is known to be alive."""
         begin, first, told = time.monotonic(), None, False
         while not claims.take(CLAIM):
             with contextlib.suppress(OSError):  # Given back just now.
-                holder, beat = claims.holder(CLAIM)
-                first = beat if first is None else first
+                holder = claims.holder(CLAIM)
+                first = holder.beat_s if first is None else first
                 waited_s = time.monotonic() - begin
-                here = holder.endswith(f" on {socket.gethostname()}")
-                if beat != first or (here and waited_s > CLAIM_PATIENCE_S):
+                if holder.beat_s != first or (holder.alive and waited_s > CLAIM_PATIENCE_S):
                     raise TrainingError(
-                        f"run folder {self.path}: {holder} is training in it. Wait for its end, or give run=... another"
-                        " folder."
+                        f"run folder {self.path}: {holder.words} is training in it. Wait for its end, or give run=..."
+                        " another folder."
                     )
-                if not here and not told:
-                    log.info("%s: %s had this run; waiting for a sign of its life.", self.path, holder)
+                if not holder.alive and not told:
+                    log.info("%s: %s had this run; waiting for a sign of its life.", self.path, holder.words)
                     told = True
             time.sleep(0.1)
+        if not claims.holds(CLAIM):  # Before anything is written: another process took it over at the same moment.
+            claims.release(CLAIM)
+            self._take(claims)
 
     def finished_at(self) -> tuple[int, int]:
         """Steps and samples after which the run was finished; (-1, -1) if it was not."""
@@ -98,7 +100,8 @@ class RunFolder:
 
     def require_no_history(self) -> None:
         """Called where no checkpoint is usable: may a run begin here? Raises CheckpointError if one was ever saved."""
-        saved = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        there = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        saved = [path.name for path in there if not is_leftover(path)]
         if saved or self._ever_saved():
             raise CheckpointError(
                 f"run folder {self.path} has a history but no usable checkpoint"

@@ -70,6 +70,14 @@ class Session:
         """Called when a rank voted `lost`: all raise, TrainingError or RemoteError."""
         self.world.raise_together(None if self.ours() else self.run.loss(self.takeover_s))
 
+    def ask(self) -> bool:
+        """Between steps: whether any rank is asked to stop. All ranks raise if the folder is not ours any more."""
+        answers = [float(self.stops.reason is not None), float(not self.ours())]
+        stop, lost = self.world.sum(torch.tensor(answers)).tolist()
+        if lost:
+            self.require_folder()
+        return bool(stop)
+
 
 def claim(run: RunFolder, takeover_s: float, world: World) -> AbstractContextManager[Callable[[], bool]]:
     """Rank 0 claims the run folder for all ranks. Gives `Session.ours`; entering it raises TrainingError."""
@@ -161,12 +169,12 @@ class TrainingLoop(ABC, Generic[B, L, R]):
             else:
                 watch.stop()
             if asked or saving:
-                session.watchdog.feed("save")
-                self.save(done, last=ending or bool(asked))
+                self._save(done, last=ending or bool(asked))
             if (asked.unreadable or asked.fault) and not ending:
                 session.world.raise_together(self.feed.error or (asked.fault if session.world.is_main else None))
             if (asked.stop and not ending) or not self._look(done, looks):
                 return self._stop(done, saved=saving or bool(asked))
+        session.ask()
         self.finish(done)
         return EXIT_FINISHED
 
@@ -190,15 +198,21 @@ class TrainingLoop(ABC, Generic[B, L, R]):
     def require_leisure(self) -> None:
         """Between two parts of something long: there is progress. Raises StopAskedError on all ranks together."""
         self.session.watchdog.feed("validate")
-        if self.session.world.sum(torch.tensor([float(self.session.stops.reason is not None)]))[0]:
+        if self.session.ask():
             raise StopAskedError
+
+    def _save(self, done: int, *, last: bool) -> None:
+        """Save, if the folder is still ours: a validation, or a machine that slept, may lie behind the last votes."""
+        self.session.watchdog.feed("save")
+        self.session.ask()
+        self.save(done, last=last)
 
     def _stop(self, done: int, *, saved: bool) -> int:
         if saved:
+            self.session.ask()
             self.settle()
         else:
-            self.session.watchdog.feed("save")
-            self.save(done, last=True)
+            self._save(done, last=True)
         reason = self.session.stops.reason or "another rank was asked to"
         if self.session.world.is_main:
             log.info("stopped after step %d (%s); run the same command to go on.", done, reason)

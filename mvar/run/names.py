@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
+
+from mvar.files.disk import remove_tree
 
 CLAIM = "run"
 """Name of the claim on a run folder (see mvar.run.claims)."""
@@ -28,9 +29,13 @@ def newest_step(checkpoints: Path) -> int | None:
     return max(steps_in(checkpoints), default=None)
 
 
+def is_leftover(entry: Path) -> bool:
+    """Whether it is what a killed process left half-written or half-removed."""
+    return entry.name.startswith((".tmp-", ".trash-"))
+
+
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what killed processes left half-written or half-removed."""
+    """Remove what killed processes left, as far as nobody has it open. Raises OSError."""
     if checkpoints.is_dir():
-        for entry in checkpoints.iterdir():
-            if entry.name.startswith((".tmp-", ".trash-")):
-                shutil.rmtree(entry)
+        for entry in filter(is_leftover, list(checkpoints.iterdir())):
+            remove_tree(entry)

@@ -19,12 +19,15 @@ from mvar.config import Phase
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOOK_EVERY_S = 1.0
 """Looking for a file on a file system that many share costs something."""
+LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "the deepspeed launcher"}
+"""Variable -> the launcher that sets it, and whose child each rank is. srun's ranks end with Slurm's step."""
 LAST_WORDS_S = 10.0
 """So long before a watchdog bites, it has written down what there is to know (at most a tenth of its limit)."""
 
 
 class StopRequests:
-    """Everything that may ask this process to stop: signals, the STOP file, the end of a Slurm job's time.
+    """Everything that may ask this process to stop: signals, the STOP file, the end of a Slurm job's time, the death of
+    its launcher, which leaves its ranks at work where nobody sees them.
 
     Asking is local; the engine tells all ranks in the same step. Use as a context manager; handlers are put back.
     """
@@ -43,6 +46,8 @@ class StopRequests:
         self._looks, self._looked, self._file_seen = looks, -math.inf, False
         end = environ.get("SLURM_JOB_END_TIME", "")
         self._deadline = float(end) - margin_s if end.isdigit() else None
+        self._launcher = next((name for variable, name in LAUNCHERS.items() if variable in environ), None)
+        self._parent = os.getppid()
         self._signal: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -65,6 +70,8 @@ class StopRequests:
             return f"got {self._signal}"
         if self._deadline is not None and self._clock() >= self._deadline:
             return "the job's time is nearly over"
+        if self._launcher is not None and os.getppid() != self._parent:
+            return f"{self._launcher}, the launcher, was killed"
         return f"{self._stop_file} exists" if self._sees_file() else None
 
     def _sees_file(self) -> bool:

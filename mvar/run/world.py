@@ -6,7 +6,8 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,10 +18,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
+from mvar.cgroups import affinity, cores, cpu_quota, share_of_cores
 from mvar.config import DeviceChoice
 from mvar.errors import BackendError, ConfigError, MvarError
 from mvar.log import log
-from mvar.run import extensions
+from mvar.run import compiled_extensions
+from mvar.run.interfaces import explaining, require_reachable
 from mvar.run.launcher import Place, detect, require_address, require_one_task_per_gpu
 
 T = TypeVar("T")
@@ -61,6 +64,8 @@ class World:
 
     place: Place
     device: torch.device
+    own_cores: int = field(default_factory=cores, kw_only=True)
+    """For this rank alone: those that it may run on, divided by the ranks that may run on them too."""
 
     @property
     def rank(self) -> int:
@@ -147,24 +152,25 @@ def start(
     """Join the other processes through DeepSpeed (NCCL with GPUs, gloo without), choose the device, set CPU threads.
 
     `start_limit_s`: how long to wait for them, if that is more than half an hour. Raises ConfigError where the launch
-    is wrong. Where compiled DeepSpeed extensions are kept: `mvar.run.extensions`.
+    is wrong. Where compiled DeepSpeed extensions are kept: `mvar.run.compiled_extensions`.
     """
     place = detect(environ)
     require_one_task_per_gpu(place, environ)
     if place.address is not None:
         require_address(place)
     choose_accelerator(environ)
-    extensions.prepare(environ)  # Before the ranks meet: none of them compiles yet.
+    compiled_extensions.prepare(environ)  # Before the ranks meet: none of them compiles yet.
     index = _device_index(place, environ) if torch.cuda.is_available() else None
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     # DeepSpeed reads these; LOCAL_RANK is what it takes for the number of the GPU.
     environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(index or 0))
     if index is not None:
         torch.cuda.set_device(device)
-    torch.set_num_threads(threads or max(1, cores() // place.local_size))
     _join(place, device, environ, start_limit_s)
     _adopt_by_deepspeed(device)
-    return World(place, device)
+    world = _meet(place, device)
+    torch.set_num_threads(threads or world.own_cores)
+    return world
 
 
 def join(environ: MutableMapping[str, str] = os.environ, device: DeviceChoice = "auto") -> World:
@@ -185,7 +191,7 @@ def join(environ: MutableMapping[str, str] = os.environ, device: DeviceChoice = 
     if place.size > 1:
         require_address(place)
         _join(place, chosen, environ, 0)
-    return World(place, chosen)
+    return _meet(place, chosen)
 
 
 def be_patient(limits_s: Iterable[float]) -> None:
@@ -225,9 +231,14 @@ def choose_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _meet(place: Place, device: torch.device) -> World:
+    """The world, once all have joined: the ranks of a machine tell each other which cores they may run on."""
+    world = World(place, device)
+    if place.size == 1:
+        return world
+    first = place.rank - place.local_rank
+    masks = world.gather(affinity())[first : first + place.local_size]
+    return replace(world, own_cores=share_of_cores(masks, place.local_rank, cpu_quota()))
 
 
 def _device_index(place: Place, environ: Mapping[str, str]) -> int:
@@ -243,17 +254,21 @@ def _device_index(place: Place, environ: Mapping[str, str]) -> int:
 
 
 def _join(place: Place, device: torch.device, environ: MutableMapping[str, str], limit_s: float) -> None:
+    by_gloo = device.type != "cuda"
     common: dict[str, Any] = {
-        "backend": "nccl" if device.type == "cuda" else "gloo",
+        "backend": "gloo" if by_gloo else "nccl",
         "timeout": max(timedelta(seconds=limit_s), LATECOMERS),
-        "device_id": device if device.type == "cuda" else None,
+        "device_id": None if by_gloo else device,
     }
-    if place.address is None:
-        # Alone, nothing needs a port: two runs on one machine cannot meet by accident.
-        dist.init_process_group(store=HashStore(), rank=0, world_size=1, **common)
-    else:
-        environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
-        dist.init_process_group(rank=place.rank, world_size=place.size, **common)
+    if by_gloo:
+        require_reachable(place, environ)
+    with explaining(place, environ) if by_gloo else nullcontext():
+        if place.address is None:
+            # Alone, nothing needs a port: two runs on one machine cannot meet by accident.
+            dist.init_process_group(store=HashStore(), rank=0, world_size=1, **common)
+        else:
+            environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+            dist.init_process_group(rank=place.rank, world_size=place.size, **common)
 
 
 def _adopt_by_deepspeed(device: torch.device) -> None:

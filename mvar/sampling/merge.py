@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from mvar.cgroups import cores
 from mvar.errors import ConfigError, ImageError
 from mvar.files.disk import remove_stale, sha256_of, write_text, writing
 from mvar.images.arrays import Bytes
 from mvar.log import log
-from mvar.run.world import cores
 from mvar.sampling.job import SampleJob, explain_unfinished, problem_of, read_record, record_path
 from mvar.sampling.npz import write_npz
 from mvar.sampling.packing import SamplePart

@@ -15,11 +15,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from mvar.cgroups import cores
 from mvar.errors import BackendError
 from mvar.images.arrays import Bytes, to_uint8
 from mvar.log import log
 from mvar.model.transformer import MVAR
-from mvar.run.world import cores
 from mvar.sampling.graph import GraphedDrawing
 from mvar.sampling.options import SamplingOptions
 from mvar.sampling.pictures import Picture

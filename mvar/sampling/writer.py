@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from mvar.cgroups import cores
 from mvar.images.arrays import Bytes
-from mvar.run.world import cores
 from mvar.sampling.job import PartRecord, SampleJob
 from mvar.sampling.packing import SamplePart, encode_png
 from mvar.threads import helper

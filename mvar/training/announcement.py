@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from mvar.log import Chosen, log, tell
 from mvar.model.backends import DTYPES
 from mvar.model.kernels.precision import product_dtype
-from mvar.run.world import World, cores
+from mvar.run.world import World
 from mvar.training.job import TrainingJob
 from mvar.training.mfu import chosen_peak
 
@@ -43,11 +44,15 @@ def micro_batch(job: TrainingJob) -> Chosen:
 
 
 def threads(job: TrainingJob, world: World) -> Chosen:
-    here = world.place.local_size
-    reason = "" if job.config.engine.threads else f"{cores()} cores are shared by {here} ranks here"
-    few = world.device.type == "cuda" and cores() < FEW_CORES * here
-    if few:
-        reason = f"this machine gives {here} ranks {cores()} cores (under Slurm: --cpus-per-task)"
+    """Loud where the rank waits for cores that the machine may have: a GPU waits with it."""
+    own, machine = world.own_cores, os.cpu_count() or 1
+    more = world.device.type == "cuda" or machine >= FEW_CORES * world.place.local_size
+    reason = "" if job.config.engine.threads else f"{own} of this machine's {machine} cores are this rank's"
+    if few := own < FEW_CORES and more:
+        reason = (
+            f"{own} of this machine's {machine} cores is this rank's: a launcher or container gives it no more"
+            " (under Slurm: --cpus-per-task)"
+        )
     return Chosen("CPU threads", f"{torch.get_num_threads()} a rank", reason, slow=few)
 
 

@@ -5,6 +5,7 @@ Each case runs real processes. `entry` functions below run in them, spoil one th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -12,12 +13,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mvar.checkpoint.choosing import verify
@@ -25,7 +28,7 @@ from mvar.checkpoint.record import CheckpointRecord
 from mvar.run.history import History
 from mvar.run.names import folder_of, steps_in
 from mvar.testing.code_stores import make_store
-from mvar.testing.ranks import Ranks, command
+from mvar.testing.ranks import REPOSITORY, Ranks, command
 from mvar.testing.tiny_runs import losses, records, wait_for_step, write_config
 
 STEPS = 25
@@ -356,6 +359,40 @@ def slow_steps(argv: list[str]) -> int:
 
     Engine._update = update  # type: ignore[method-assign]
     return command("mvar.train", argv)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # Whoever adopted it may leave it so.
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_processes_whose_torchrun_was_killed_save_and_give_the_folder_back(tmp_path: Path, store: Path) -> None:
+    """torchrun dies of SIGUSR1, Slurm's early warning, unless it is told to pass it on; and leaves its processes."""
+    config, run = write_config(tmp_path, store, "run", epochs=100_000, max_steps=400), tmp_path / "run"
+    words = ["--nproc-per-node=2", "--standalone", "-m", "mvar.train", "--config", str(config)]
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words], cwd=REPOSITORY, stdout=log, stderr=log
+        )
+    ranks: list[psutil.Process] = []
+    try:
+        while torchrun.poll() is None and not steps_in(run / "checkpoints"):
+            time.sleep(0.05)
+        ranks = [one for one in psutil.Process(torchrun.pid).children() if "mvar.train" in one.cmdline()]
+        torchrun.send_signal(signal.SIGUSR1)
+        assert torchrun.wait() == -signal.SIGUSR1
+        while any(alive(one) for one in ranks):
+            time.sleep(0.05)
+    finally:
+        for left in [torchrun, *ranks]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+    ending = History(run).starts()[-1]
+    assert len(ranks) == 2 and ending.code == 75 and "launcher" in ending.reason, (tmp_path / "log").read_text()
+    assert steps_in(run / "checkpoints")[-1] == ending.end_step == len(losses(run))
+    assert not (run / ".run.claim").exists()
 
 
 def deadline_on_one_rank(argv: list[str]) -> int:

@@ -76,3 +76,31 @@ def test_a_job_says_in_its_log_what_its_node_has(cluster: Cluster, tmp_path: Pat
     cluster.wait(job)
     log = next(tmp_path.glob(f"*{job}*.log")).read_text()
     assert "GPUs" in log and "compilers" in log and "cores" in log
+
+
+INNER = """#!/bin/bash
+#SBATCH --ntasks=2
+#SBATCH --mem=100
+#SBATCH --time=7
+set -euo pipefail
+. "$MVAR_HOME/slurm/common.sh"
+echo "job $JOB, $((SLURM_JOB_END_TIME - $(date +%s))) s left"
+launch -- bash -c 'echo "task $SLURM_PROCID of $SLURM_NTASKS"'
+"""
+OUTER = """#!/bin/bash
+#SBATCH --ntasks=1
+#SBATCH --mem-per-cpu=10
+#SBATCH --array=3-3
+#SBATCH --time=60
+srun sbatch --parsable --wait --output=inner.log inner.sh >id
+"""
+
+
+def test_a_job_that_was_submitted_from_a_step_of_another_one_is_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    """Its memory is counted otherwise than that job's, whose array and end are not its own."""
+    for name, text in (("inner.sh", INNER), ("outer.sh", OUTER)):
+        (tmp_path / name).write_text(text)
+    cluster.wait(cluster.sbatch(tmp_path / "outer.sh", cwd=tmp_path))
+    said = (tmp_path / "inner.log").read_text()
+    assert f"job {(tmp_path / 'id').read_text().strip()}, 4" in said, said
+    assert sorted(line for line in said.splitlines() if line.startswith("task")) == ["task 0 of 2", "task 1 of 2"], said

@@ -10,7 +10,6 @@ Each is complete or absent, whatever kills the process.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mvar.errors import CheckpointError
-from mvar.files.disk import place, remove_stale, write_file
+from mvar.files.disk import keep_beside, remove_stale, write_file
 from mvar.log import log
 from mvar.tokenizer.files import digest_of
 
@@ -96,7 +95,7 @@ class StateFile:
         if self._newest_is_damaged or not self.path.exists():
             self._newest_is_damaged = False
             return
-        place(self.before, lambda link: os.link(self.path, link))
+        keep_beside(self.path, self.before)
 
 
 def _read(path: Path) -> TokenizerTrainingState:

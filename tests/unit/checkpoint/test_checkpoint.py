@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +194,26 @@ def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-000000002").mkdir()
     (tmp_path / "step-2").mkdir()
     assert steps_in(tmp_path) == [1]
+
+
+def test_a_step_is_saved_where_nfs_keeps_a_file_of_its_first_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank, or a process that is about to die, still has it open."""
+    hidden = tmp_path / ".tmp-step-000000002" / ".nfs0001"
+    hidden.parent.mkdir()
+    hidden.touch()
+    unlink = os.unlink
+
+    def busy(path: Any, *, dir_fd: int | None = None) -> None:
+        if Path(path).name == hidden.name:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    saved(tmp_path, 2)
+    verify(folder_of(tmp_path, 2))
+    assert steps_in(tmp_path) == [2]
 
 
 def test_only_the_newest_are_kept_and_never_only_damaged_ones(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """A store copied to a node's own disk: once, whole, and shared."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,3 +149,22 @@ def test_staging_needs_a_folder_and_a_url_needs_staging(folder, tmp_path):
     (folder / MANIFEST).unlink()
     with pytest.raises(StoreError, match="mvar finalize"):
         CodeStore.open(folder, reader="staged", stage=tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, None])
+def test_where_there_are_no_locks_every_rank_copies_and_removes_nobody_elses_work(
+    folder, tmp_path, monkeypatch, number
+):
+    """None: a file system that grants every lock to everybody."""
+
+    def refuse(*_):
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    target = staging.stage(folder, tmp_path / "stage")
+    (target / MANIFEST).unlink()
+    other = target / ".train-000000.tar~another~1~0.tmp"
+    other.touch()
+    assert staging.stage(folder, tmp_path / "stage") == target and other.exists()
+    assert all_codes(CodeStore.open(target)).shape == all_codes(CodeStore.open(folder)).shape

@@ -11,8 +11,8 @@ from data_prep.encoder import BatchEncoder, deterministic
 from data_prep.finalize import finalize
 from data_prep.inspect import facts
 from data_prep.job import TokenizeConfig
+from data_prep.kept import LISTING
 from data_prep.tokenize import tokenize
-from mvar.data.manifest import JOB
 from mvar.data.store import CodeStore
 from mvar.errors import BackendError, ConfigError, ImageError
 from mvar.images.arrays import from_uint8
@@ -127,7 +127,7 @@ def test_a_fast_mode_is_refused_until_its_cost_is_accepted(inputs, tmp_path):
         tokenize(config(inputs, store, "precision=bf16"))
     with pytest.raises(ConfigError, match=r"not good enough for accept_agreement=1\.0"):
         tokenize(config(inputs, store, "precision=bf16", "accept_agreement=1"))
-    assert not (store / JOB).exists()  # Nothing is pinned: another mode may still be chosen.
+    assert not store.exists()  # Another mode, or another source, may still be chosen.
     tokenize(config(inputs, store, "precision=bf16", "accept_agreement=0.3"))
     finalize(store)
     told = CodeStore.open(store).manifest.encoding
@@ -135,6 +135,16 @@ def test_a_fast_mode_is_refused_until_its_cost_is_accepted(inputs, tmp_path):
     assert 0.3 < told["calibration"]["agreement"] < 1
     assert len(told["calibration"]["agreement_S"]) == len(PATCH_NUMS)
     assert "codes in common with fp32" in facts(store)
+
+
+def test_a_mode_that_is_refused_later_leaves_the_job_that_is_there(inputs, tmp_path):
+    store = tmp_path / "codes"
+    fast = ("precision=bf16", "accept_agreement=0.3", "shard_samples=2")
+    tokenize(config(inputs, store, *fast), 0, 2)
+    before = {path.name for path in store.iterdir()}
+    with pytest.raises(ConfigError, match="not good enough"):
+        tokenize(config(inputs, store, *fast, "accept_agreement=1"), 1, 2)
+    assert LISTING in before and {path.name for path in store.iterdir()} == before
 
 
 def test_the_next_task_takes_over_the_calibration(inputs, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep import kept as kept_module
 from data_prep.job import TokenizeConfig, open_source
 from data_prep.kept import LISTING, KeptListing
-from mvar.errors import ImageError, StoreError
+from mvar.errors import ImageError, WriteError
 from mvar.images.sources import ImageFolder, look_into
 from mvar.run.claims import Claims
 from tests.stores import image_folder
@@ -191,7 +191,7 @@ def test_a_task_whose_look_fails_lets_the_others_look(images):
 
 def test_without_claims_every_task_lists(images, looks, monkeypatch):
     def refuse(self, name):
-        raise StoreError("no hard links")
+        raise WriteError("a claim cannot be written")
 
     monkeypatch.setattr(Claims, "take", refuse)
     assert same(opened(images), ImageFolder(images))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,18 @@ from typing import Any
 import pytest
 
 from mvar.errors import WriteError
-from mvar.files.disk import place, write_file, write_once, write_text, writing, writing_folder
+from mvar.files.disk import (
+    discard_folder,
+    keep_beside,
+    place,
+    remove_stale,
+    remove_tree,
+    write_file,
+    write_once,
+    write_text,
+    writing,
+    writing_folder,
+)
 
 CALLS = ("fsync", "replace", "rename")
 
@@ -110,7 +123,9 @@ def test_a_place_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
             write(tmp_path / "file/a")
 
 
-@pytest.mark.parametrize(("number", "tolerated"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+@pytest.mark.parametrize(
+    ("number", "tolerated"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSYS, True), (errno.EIO, False)]
+)
 def test_file_systems_that_cannot_sync_folders_are_tolerated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, tolerated: bool
 ) -> None:
@@ -153,3 +168,128 @@ def test_what_is_written_once_keeps_its_first_content(tmp_path, monkeypatch):
     write_once(tmp_path / "other.json", b"fourth")
     assert (tmp_path / "other.json").read_bytes() == b"fourth"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["new", "other.json"]
+
+
+# ---- what some file systems do otherwise
+
+
+def refusing(number: int) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV])
+def test_a_second_name_is_a_copy_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write_text(tmp_path / "new", "one")
+    write_text(tmp_path / "before", "zero")
+    monkeypatch.setattr(os, "link", refusing(number))
+    keep_beside(tmp_path / "new", tmp_path / "before")
+    write_text(tmp_path / "new", "two")
+    assert (tmp_path / "before").read_text() == "one" and sorted(os.listdir(tmp_path)) == ["before", "new"]
+
+
+def test_a_second_name_costs_no_copy_where_there_are_hard_links(tmp_path: Path) -> None:
+    write_text(tmp_path / "new", "one")
+    keep_beside(tmp_path / "new", tmp_path / "before")
+    keep_beside(tmp_path / "new", tmp_path / "before")  # As after a save that failed in between.
+    assert (tmp_path / "new").samefile(tmp_path / "before") and sorted(os.listdir(tmp_path)) == ["before", "new"]
+    with pytest.raises(WriteError, match="other: cannot be written"):
+        keep_beside(tmp_path / "missing", tmp_path / "other")
+
+
+def test_a_copy_that_finds_no_room_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "new", "one")
+    write_text(tmp_path / "before", "zero")
+    monkeypatch.setattr(os, "link", refusing(errno.EPERM))
+    monkeypatch.setattr(os, "fsync", refusing(errno.ENOSPC))
+    with pytest.raises(WriteError, match="No space left"):
+        keep_beside(tmp_path / "new", tmp_path / "before")
+    assert (tmp_path / "before").read_text() == "zero" and sorted(os.listdir(tmp_path)) == ["before", "new"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, None])
+def test_without_locks_the_age_says_which_temporaries_are_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    """None: a file system that grants every lock to everybody."""
+    monkeypatch.setattr(fcntl, "flock", refusing(number) if number is not None else lambda *_: None)
+    with writing(tmp_path / "a") as file:
+        file.write(b"x")
+        assert remove_stale(tmp_path) == 0
+        (own,) = tmp_path.iterdir()
+    assert (tmp_path / "a").read_bytes() == b"x"
+    own.touch()
+    os.utime(own, (0, 0))
+    assert remove_stale(tmp_path) == 1 and os.listdir(tmp_path) == ["a"]
+
+
+class Nfs:
+    """As NFS removes a file that somebody has open: it gets another name in its folder, which cannot be removed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *open_files: str) -> None:
+        self._unlink, self._open = os.unlink, {*open_files}
+        monkeypatch.setattr(os, "unlink", self.unlink)
+
+    def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
+        name = os.path.basename(path)
+        if name.startswith(".nfs") and self._open:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        if name in self._open:
+            hidden = os.path.join(os.path.dirname(path), f".nfs0000{name}")
+            os.rename(path, hidden, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        else:
+            self._unlink(path, dir_fd=dir_fd)
+
+    def close(self) -> None:
+        self._open.clear()
+
+
+def filled(folder: Path) -> Path:
+    (folder / "below").mkdir(parents=True)
+    for name in ("a", "below/b", "c"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_what_nfs_keeps_of_open_files_stays_until_they_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nfs = Nfs(monkeypatch, "a", "b")
+    folder = filled(tmp_path / "folder")
+    remove_tree(folder)
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {".nfs0000a", ".nfs0000b"}
+    remove_tree(folder)
+    nfs.close()
+    remove_tree(folder)
+    assert not folder.exists()
+
+
+def test_a_folder_is_discarded_and_replaced_again_while_nfs_keeps_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Nfs(monkeypatch, "a")
+    for _ in range(2):
+        discard_folder(filled(tmp_path / "step"))
+        assert not (tmp_path / "step").exists()
+    for number in range(3):
+        with writing_folder(tmp_path / "out") as folder:
+            (folder / "a").write_text(str(number))
+        assert (tmp_path / "out" / "a").read_text() == str(number)
+
+
+def test_a_folder_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = filled(tmp_path / "folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refusing(errno.EIO))
+        with pytest.raises(OSError, match="Input/output error"):
+            remove_tree(folder)
+        with pytest.raises(OSError, match="Input/output error"):
+            discard_folder(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refusing(errno.EACCES))
+        with pytest.raises(OSError, match="Permission denied"):
+            remove_tree(shutil.copytree(next(tmp_path.iterdir()), tmp_path / "copy"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mvar.machine import hardware
-from mvar.machine.hardware import look_at_compilers, look_at_gpus, memory_limit
+from mvar.machine.hardware import look_at_compilers, look_at_gpus
 
 
 def stand_in(folder: Path, name: str, prints: str) -> None:
@@ -52,17 +52,13 @@ def test_a_compiler_that_is_missing_is_named_with_what_needs_it(
     assert not {finding.name: finding for finding in look_at_compilers(has_gpu=False)}["nvcc"].fix
 
 
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [({"a": "max", "a/b": "4096"}, 4096), ({"a": "1024", "a/b": "max"}, 1024), ({"a": "max", "a/b": "max"}, None)],
-)
-def test_the_tightest_limit_of_all_groups_counts(tmp_path: Path, limits: dict[str, str], expected: int | None) -> None:
-    for name, limit in limits.items():
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "memory.max").write_text(limit + "\n")
-    (tmp_path / "cgroup").write_text("0::/a/b\n")
-    assert memory_limit(tmp_path / "cgroup", tmp_path) == expected
-    assert memory_limit(tmp_path / "missing", tmp_path) is None
+def test_what_a_job_may_use_of_a_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "affinity", lambda: {*range(16)})
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: 2.5)
+    monkeypatch.setattr(hardware, "memory_limit", lambda: 3 * 2**30)
+    found = {finding.name: finding.text for finding in hardware.look_at_host()}
+    assert found["cores"].startswith("16 of ") and found["cores"].endswith("2.5 cores' time of them")
+    assert found["memory"].endswith("the job may have 3.0")
 
 
 def test_a_command_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """What a file system does is tried, not guessed."""
 
 import errno
-import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,52 @@ def test_a_good_folder_passes_everything_and_nothing_stays_behind(tmp_path: Path
     assert not list(tmp_path.iterdir()), "the run folder itself is not made"
 
 
-@pytest.mark.parametrize(
-    ("call", "what"), [("os.link", "hard links"), ("os.replace", "atomic rename"), ("os.fsync", "fsync")]
-)
-def test_what_the_file_system_refuses_is_a_fault(
+def refusing(number: int) -> Any:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize(("call", "what"), [("os.replace", "atomic rename"), ("os.fsync", "fsync")])
+def test_what_mvar_cannot_do_without_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, what: str
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(call, refuse)
-    bad = [finding for finding in look_at_folder(tmp_path) if finding.state == "bad"]
-    assert [finding.name for finding in bad] == [what]
+    monkeypatch.setattr(call, refusing(errno.EPERM))
+    bad = [finding for finding in look_at_folder(tmp_path) if finding.state != "good"]
+    assert [(finding.name, finding.state) for finding in bad] == [(what, "bad")]
     assert "not permitted" in bad[0].text
 
 
-def test_a_lock_that_locks_nobody_out_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    bad = [finding for finding in look_at_folder(tmp_path) if finding.state == "bad"]
-    assert [finding.name for finding in bad] == ["flock"] and "two holders" in bad[0].text
+@pytest.mark.parametrize(
+    ("call", "number", "what", "instead"),
+    [
+        ("os.link", errno.EPERM, "hard links", "copied"),
+        ("fcntl.flock", errno.ENOSYS, "flock", "90 s"),
+        ("fcntl.flock", None, "flock", "90 s"),
+    ],
+)
+def test_what_mvar_does_without_is_said_with_what_it_does_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int | None, what: str, instead: str
+) -> None:
+    """None: every lock is granted to everybody."""
+    monkeypatch.setattr(call, refusing(number) if number is not None else lambda *_: None)
+    lacking = [finding for finding in look_at_folder(tmp_path) if finding.state != "good"]
+    assert [(finding.name, finding.state) for finding in lacking] == [(what, "missing")]
+    assert instead in lacking[0].text
+
+
+def test_a_folder_that_cannot_be_synced_is_said_and_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refusing(errno.EINVAL)()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    (found,) = [finding for finding in look_at_folder(tmp_path) if finding.name == "fsync"]
+    assert found.state == "good" and "not of folders" in found.text
 
 
 def test_the_innermost_mount_says_what_a_folder_is_on(tmp_path: Path) -> None:

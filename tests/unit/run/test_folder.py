@@ -1,12 +1,16 @@
 """Run folders."""
 
+import errno
+import fcntl
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from mvar.errors import CheckpointError, TrainingError
 from mvar.run import folder
+from mvar.run.claims import Claims
 from mvar.run.folder import RunFolder
 
 
@@ -27,6 +31,61 @@ def test_a_claimed_folder_names_its_owner(tmp_path: Path, monkeypatch: pytest.Mo
         pass
     with second.claimed(90):
         pass
+
+
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_without_locks_a_restart_waits_until_the_dead_process_is_silent_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain's next job, on the same host, within the time of a takeover: no error, or the chain would end."""
+    no_locks(monkeypatch)
+    monkeypatch.setattr(folder, "CLAIM_PATIENCE_S", 0.0)
+    run = RunFolder(tmp_path)
+    Claims(tmp_path).take("run")  # Nobody keeps it alive.
+    begin_s = time.monotonic()
+    with run.claimed(0.6) as ours:
+        assert ours() and time.monotonic() - begin_s >= 0.5
+
+
+def test_without_locks_a_living_process_is_known_by_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_locks(monkeypatch)
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    with first.claimed(9) as ours, pytest.raises(TrainingError, match="is training in it"), second.claimed(9):
+        pass
+    assert ours  # Its own claim was never touched.
+
+
+def test_nothing_is_tidied_up_by_who_lost_the_claim_right_after_taking_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one took the claim away before this one wrote anything: it must not remove the other's work."""
+    run = RunFolder(tmp_path)
+    half = run.checkpoints / ".tmp-step-000000005"
+    half.mkdir(parents=True)
+    monkeypatch.setattr(folder, "CLAIM_PATIENCE_S", 0.1)
+    take = Claims.take
+    other = Claims(tmp_path)
+
+    def robbed(claims: Claims, name: str) -> bool:
+        taken = take(claims, name)
+        if taken and claims is not other and not half.with_name("robbed").exists():
+            half.with_name("robbed").touch()
+            (tmp_path / ".run.claim").unlink()
+            assert take(other, name)
+        return taken
+
+    monkeypatch.setattr(Claims, "take", robbed)
+    with pytest.raises(TrainingError, match="is training in it"), run.claimed(90):
+        pass
+    assert half.is_dir() and other.holds("run")
 
 
 def test_claiming_tidies_up_after_killed_processes(tmp_path: Path) -> None:

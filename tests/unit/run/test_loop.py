@@ -15,7 +15,7 @@ from mvar.data.prefetch import Feed
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, StoreError, TrainingError
 from mvar.run.folder import RunFolder
 from mvar.run.launcher import Place
-from mvar.run.loop import Session, TrainingLoop, Votes, due
+from mvar.run.loop import Session, StopAskedError, TrainingLoop, Votes, due
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
 from mvar.run.world import World
@@ -37,14 +37,18 @@ class Noted(TrainingLoop[int, Result, Result]):
         self.did: list[str] = []
         self.lost_at = lost_at
         self.stop_while_looking = False
+        self.robbed = False
         run, world = RunFolder(folder), World(Place("alone"), torch.device("cpu"))
         stops = StopRequests(run.stop_file, 0, environ={})
-        session = Session(run, world, Watchdog(NEVER), stops, lambda: len(self.steps) != lost_at, takeover_s=9)
+        session = Session(run, world, Watchdog(NEVER), stops, self.ours, takeover_s=9)
         tracker = Tracker(
             folder, TrackingConfig(), is_main=True, resumed_step=resumed, samples_at=int, settings={}, lines=str
         )
         feed = Feed(batches, 1, ahead=2 if self.reads_late else 1)
         super().__init__(session, feed, tracker, last_step, save_every=2)
+
+    def ours(self) -> bool:
+        return len(self.steps) != self.lost_at and not self.robbed
 
     @property
     def steps(self) -> list[str]:
@@ -187,3 +191,35 @@ def test_votes_are_summed_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("step", "every", "expected"), [(4, 2, True), (3, 2, False), (3, 0, False)])
 def test_due(step: int, every: int, expected: bool) -> None:
     assert due(step, every) == expected
+
+
+@dataclass(frozen=True)
+class Robbed:
+    """Another process takes the folder over while a training looks at its model: it slept for long."""
+
+    training: Noted
+    asks: bool
+    """Whether it is then asked to stop."""
+    leisure: bool
+    """Whether it goes on looking."""
+
+    def look(self, done: int, looks: set[str]) -> None:
+        self.training.robbed = True
+        self.training.did.append(f"look {done}")
+        if self.leisure:
+            self.training.require_leisure()
+        if self.asks:
+            raise StopAskedError
+
+
+@pytest.mark.parametrize("last_step", [3, 9])
+@pytest.mark.parametrize(("asks", "leisure"), [(False, False), (True, False), (False, True)])
+def test_who_lost_the_folder_while_it_looked_writes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_step: int, asks: bool, leisure: bool
+) -> None:
+    training = Noted(tmp_path, iter(range(10)), last_step)
+    monkeypatch.setattr(training, "look", Robbed(training, asks, leisure).look)
+    with pytest.raises(TrainingError, match="took it over"):
+        training.loop(0)
+    written = training.did[training.did.index("look 3") + 1 :]
+    assert not [act for act in written if act.startswith(("save", "finish", "record"))]

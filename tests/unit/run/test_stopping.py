@@ -88,3 +88,18 @@ def test_the_end_of_a_slurm_job_comes_early_enough_to_save(tmp_path: Path) -> No
     assert stops.reason is None
     now += 701
     assert stops.reason == "the job's time is nearly over"
+
+
+@pytest.mark.parametrize(
+    ("environ", "ends"), [({"TORCHELASTIC_RUN_ID": "x"}, True), ({"CROSS_RANK": "0"}, True), ({}, False)]
+)
+def test_a_process_whose_launcher_died_asks_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], ends: bool
+) -> None:
+    """Under torchrun and the deepspeed launcher. One that a shell started in the background outlives it as ever."""
+    parent = [4711]
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    stops = StopRequests(tmp_path / "STOP", 0, environ)
+    assert stops.reason is None
+    parent[0] = 1
+    assert (stops.reason is not None and "launcher" in stops.reason) == ends

@@ -33,6 +33,19 @@ def patience_of_all_groups(world: World) -> list[list[float]]:
     return found
 
 
+def cores_when_bound(world: World) -> list[int]:
+    """Each rank's own cores: bound to eight that no other has, as by srun, and on the same sixteen, as by torchrun."""
+    found = []
+    for mask in ({*range(8 * world.rank, 8 * world.rank + 8)}, {*range(16)}):
+        worlds.affinity = lambda mask=mask: mask  # type: ignore[assignment]
+        found.append(worlds._meet(world.place, world.device).own_cores)
+    return found
+
+
+def test_a_rank_that_is_bound_to_cores_has_them_for_itself(tmp_path: Path) -> None:
+    assert run_ranks(cores_when_bound, 2, tmp_path) == [[8, 8], [8, 8]]
+
+
 def test_collectives_wait_longer_than_any_watchdog(tmp_path: Path) -> None:
     for found in run_ranks(patience_of_all_groups, 2, tmp_path):
         assert found[0] == [1800.0, 1800.0]  # gloo's own; NCCL's is 600 s.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +30,9 @@ def test_batch_threads_and_products_of_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instructions: bool
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_multiplies", lambda _: instructions)
-    monkeypatch.setattr(module, "cores", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     settings = config(tmp_path, make_store(tmp_path / "store"), engine__precision="bf16", engine__threads=None)
-    world = World(Place("torchrun", 0, 2, 0, 2, "host", 1), CPU)
+    world = World(Place("torchrun", 0, 2, 0, 2, "host", 1), CPU, own_cores=4)
     products, batch, threads = chosen(prepare(settings, 2, 2), world)
     assert products.slow is not instructions
     assert str(products) == (
@@ -40,7 +41,7 @@ def test_batch_threads_and_products_of_a_cpu(
         else "matrix products: float32 on cpu, because this CPU has no instructions for bfloat16"
     )
     assert str(batch).startswith("micro-batch: 4 images a rank, 1 times a step, because")
-    assert "8 cores are shared by 2 ranks here" in str(threads) and not threads.slow
+    assert "4 of this machine's 8 cores are this rank's" in str(threads) and not threads.slow
 
 
 def test_what_was_asked_for_has_no_reason(tmp_path: Path) -> None:
@@ -49,12 +50,22 @@ def test_what_was_asked_for_has_no_reason(tmp_path: Path) -> None:
     assert [one.reason for one in found] == ["", "", ""] and "2 images a rank, 4 times a step" in str(found[1])
 
 
-def test_a_gpu_whose_process_has_one_core_is_told_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cores", lambda: 8)
+@pytest.mark.parametrize(
+    ("device", "machine", "own", "loud"),
+    [
+        (GPU, 8, 1, True),
+        (GPU, 64, 2, False),
+        (CPU, 64, 1, True),  # Pinned, as by what it inherited from another job.
+        (CPU, 8, 1, False),  # There are no more.
+    ],
+)
+def test_a_rank_that_has_one_core_is_told_loudly(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, machine: int, own: int, loud: bool
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: machine)
     job: Any = SimpleNamespace(config=SimpleNamespace(engine=SimpleNamespace(threads=None)))
-    told = module.threads(job, World(Place("srun", 0, 8, 0, 8, "host", 1), GPU))
-    assert told.slow and "--cpus-per-task" in told.reason
-    assert not module.threads(job, World(Place("srun", 0, 4, 0, 4, "host", 1), GPU)).slow
+    told = module.threads(job, World(Place("srun", 0, 8, 0, 8, "host", 1), device, own_cores=own))
+    assert told.slow == loud and ("--cpus-per-task" in told.reason) == loud
 
 
 @dataclass(frozen=True)

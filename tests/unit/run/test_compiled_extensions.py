@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.file_baton import FileBaton
 
-from mvar.run import extensions
-from mvar.run.extensions import default_folder, free_locks, prepare
+from mvar.run import compiled_extensions
+from mvar.run.compiled_extensions import default_folder, free_locks, prepare
 
 FORK = multiprocessing.get_context("fork")
 
@@ -63,7 +63,7 @@ def test_what_another_machine_compiles_is_waited_for_until_it_is_silent(
             for path in (lock, lock.parent):
                 os.utime(path, (time.time() - 1000, time.time() - 1000))
 
-    monkeypatch.setattr(extensions.time, "sleep", sleep)
+    monkeypatch.setattr(compiled_extensions.time, "sleep", sleep)
     free_locks(tmp_path)
     assert len(slept) == 3 and not lock.exists()
     told = caplog.messages
@@ -78,7 +78,7 @@ def test_a_lock_that_another_machine_gives_back_is_not_taken(
     lock.touch()
     (tmp_path / ".hosts").mkdir()
     (tmp_path / ".hosts" / "another-1").touch()
-    monkeypatch.setattr(extensions.time, "sleep", lambda _: lock.unlink())
+    monkeypatch.setattr(compiled_extensions.time, "sleep", lambda _: lock.unlink())
     free_locks(tmp_path)
     assert "removed" not in caplog.text
 
@@ -91,7 +91,7 @@ def test_the_folder_is_of_this_python_torch_cpu_and_user(tmp_path: Path, monkeyp
     others = set()
     for name, value in (("_cpu", "another"), ("_user", "another")):
         with monkeypatch.context() as patch:
-            patch.setattr(extensions, name, lambda value=value: value)
+            patch.setattr(compiled_extensions, name, lambda value=value: value)
             others.add(default_folder(environ))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99")
