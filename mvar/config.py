@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
-from mvar.settings import Fraction, Section
+from mvar.settings import Fraction, PathOrUrl, Section
 
 AttentionBackend = Literal["auto", "sdpa", "varlen", "flash", "triton"]
 MambaBackend = Literal["auto", "torch", "mamba_ssm"]
@@ -73,7 +73,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The code store that is trained on."""
 
-    store: str = Field(description="folder of the code store (the one that holds manifest.json), or its URL")
+    store: PathOrUrl = Field(description="folder of the code store (the one that holds manifest.json), or its URL")
     tokenizer: Path | None = Field(None, description="tokenizer file, to draw sample grids while training")
     reader: ReaderKind = Field(
         "mmap", description="map the shards, load them all first, or copy them to the node's disk and map them there"

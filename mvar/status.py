@@ -24,10 +24,11 @@ from typing import Any
 
 from mvar.cli import run_command
 from mvar.durations import duration
-from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, MvarError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError
 from mvar.run.claims import claim_path, living_holder
 from mvar.run.history import History, Start
 from mvar.run.names import CLAIM, folder_of, newest_step
+from mvar.settings import expanded
 
 RECENT = 50
 """Steps over which loss and speed are averaged."""
@@ -296,7 +297,12 @@ def queue_of(run: Path, known: set[str]) -> tuple[list[QueueJob], str | None]:
 
 
 def _runs_in(command: str, folder: Path) -> list[Path]:
-    return [(folder / word.removeprefix("run=")).resolve() for word in command.split() if word.startswith("run=")]
+    found = []
+    for word in command.split():
+        if word.startswith("run="):
+            with contextlib.suppress(ConfigError):  # Somebody else's, who has other variables.
+                found.append((folder / expanded(word.removeprefix("run="))).resolve())
+    return found
 
 
 # --- on the screen ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from mvar.config import DeviceChoice, WandbMode
 from mvar.errors import MvarError
 from mvar.images.pixels import GreyBits, Orientation, Rules
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
-from mvar.settings import Fraction, Section, flat
+from mvar.settings import Fraction, PathOrUrl, Section, flat
 
 SMALLEST_SEEN = 16
 """Pixels of a side that VGG-16's four halvings leave one of."""
@@ -96,7 +96,9 @@ class LossConfig(Section):
 class TokenizerTrainConfig(Section):
     """Everything `mvar train-tokenizer` can be told."""
 
-    images: str = Field(description="class folders (or train/ and val/ with them), a list, or tars, as for tokenizing")
+    images: PathOrUrl = Field(
+        description="class folders (or train/ and val/ with them), a list, or tars, as for tokenizing"
+    )
     images_cache: Path | None = Field(None, description="folder that tars behind a URL are copied into")
     out: Path = Field(description="folder for tokenizer.safetensors and its training; the same command resumes")
     geometry: GeometryConfig = Field(default_factory=lambda: GeometryConfig())
