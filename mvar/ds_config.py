@@ -103,6 +103,11 @@ def resolve(config: TrainConfig, split: BatchSplit) -> Tree:
     if stage == 0:
         tree["gradient_clipping"] = 0.0  # Without ZeRO, DeepSpeed clips without telling the norm: the engine does it.
     _check_precision(config, tree, stage, path)
+    if stage == 3 and config.optim.impl == "apex":
+        raise ConfigError(
+            f"optim.impl apex with ZeRO stage 3 ({path}): DeepSpeed calls it once for each sub-group of parameters, and"
+            " it counts every call as a step, so its bias correction would be wrong. Set optim.impl=torch."
+        )
     _place_offload(tree["zero_optimization"], config, path)
     _check_with_deepspeed(tree, path)
     return tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +205,36 @@ def test_only_the_newest_are_kept_and_never_only_damaged_ones(tmp_path: Path) ->
     retain(tmp_path, last=2)
     assert steps_in(tmp_path) == [3, 4, 5]
     assert not list(tmp_path.glob(".trash-*"))
+
+
+def test_of_checkpoints_that_were_set_aside_the_newest_of_each_kind_is_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        saved(tmp_path, step)
+    aside = ["3.damaged", "3.damaged-1", "9.damaged", "7.diverged", "8.diverged", "7.diverged-1", "7.diverged-2"]
+    for age, name in enumerate(aside):
+        step, why = name.split(".")
+        folder = tmp_path / f"step-{int(step):09d}.{why}"
+        folder.mkdir()
+        (folder / "checkpoint.json").write_text("{}")
+        os.utime(folder, (1_000_000 - age, 1_000_000 - age))
+    (tmp_path / "step-000000007.diverged.mine").mkdir()  # A user's own.
+    retain(tmp_path, last=2)
+    assert steps_in(tmp_path) == [4, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000003.damaged",
+        "step-000000004",
+        "step-000000005",
+        "step-000000007.diverged",
+        "step-000000007.diverged.mine",
+    ]
+
+
+def test_set_aside_in_one_moment_the_later_step_counts_as_newer(tmp_path: Path) -> None:
+    for name in ("step-000000007.diverged", "step-000000009.diverged", "step-000000009.diverged-10"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1_000_000, 1_000_000))
+    retain(tmp_path, last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000009.diverged-10"]
 
 
 def test_every_nth_and_the_best_validated_are_kept_besides(tmp_path: Path) -> None:
