@@ -80,7 +80,8 @@ def table(study: Study) -> str:
         f" attention {work['attention'] / work['forward_per_image']:.1%}, scan"
         f" {work['scan'] / work['forward_per_image']:.1%}",
         f"time      arithmetic alone: {time['steps']:,} steps of {time['step_s']:.2f} s,"
-        f" {time['images_seen']:,} images: {time['gpu_days']:,.0f} GPU-days, {time['days']:,.1f} days on {study.assumed.world} GPUs",
+        f" {time['images_seen']:,} images: {time['gpu_days']:,.0f} GPU-days, {time['days']:,.1f} days on"
+        f" {study.assumed.world} GPUs",
         *_not_counted(sent["on_the_wire"]),
         f"saving    {saved['bytes'] / 1e9:,.1f} GB a checkpoint, {saved['write_s']:,.0f} s at"
         f" {study.assumed.disk_bytes_s / 1e9:g} GB/s if training waits; with a failure every"

@@ -134,7 +134,7 @@ class TokenizerTrainConfig(Section):
     validate_every: NonNegativeInt = Field(500, description="steps between measurements of quality; 0: only at the end")
     save_every: PositiveInt = Field(200, description="steps between two saved states")
     grid_images: PositiveInt = Field(32, description="pictures in the reconstruction grid")
-    wandb: WandbMode = Field("disabled", description="Weights & Biases")
+    wandb: WandbMode | None = Field(None, description="Weights & Biases; default: what WANDB_MODE says, else disabled")
     wandb_project: str = Field("mvar-tokenizer", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events into the out folder")
     stop_before_end_s: NonNegativeFloat = Field(180, description="save and stop so long before Slurm's time limit")

@@ -17,9 +17,10 @@ from torch import Tensor
 from mvar.checkpoint import saving
 from mvar.checkpoint.choosing import choose, retain, verify
 from mvar.checkpoint.loading import CheckpointReader
+from mvar.checkpoint.ownership import numbers_of, ownership_of
 from mvar.checkpoint.partition import KINDS, Piece
 from mvar.checkpoint.record import FORMAT_VERSION, CheckpointRecord, Identity, Progress, differences, key_of
-from mvar.checkpoint.saving import Part, save
+from mvar.checkpoint.saving import save
 from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig, TrainConfig
@@ -90,19 +91,18 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_pieces_of_many_ranks_are_read_across_their_borders(tmp_path: Path) -> None:
-    parts = []
+    parts, files = [], {}
     for rank in range(4):
         partition = HandMade(values(7), rank, 4)
         layout = [(key_of(piece.name, kind), (piece.count,)) for piece, kind in partition.layout()]
         name = f"rank-{rank:05d}.safetensors"
         with synced(tmp_path / name) as file:
             record = write_tensors(file, layout, (v for *_, v in partition.blocks()), {})
-        parts.append(Part(name, record, partition.owned))
+        parts.append(numbers_of(partition.owned, list(SHAPES)))
+        files[name] = record
     one: Any = HandMade(values(7))
     template = CheckpointRecord.read(save(tmp_path / "one", one, ALONE, Progress(1), identity()))
-    many = template.model_copy(
-        update={"pieces": saving._merge(parts), "files": {part.file: part.record for part in parts}}
-    )
+    many = template.model_copy(update={"ownership": ownership_of(parts, SHAPES), "files": files})
     (tmp_path / "checkpoint.json").write_text(many.text())
     verify(tmp_path)
     reader = CheckpointReader(tmp_path)
