@@ -41,8 +41,8 @@ LABEL_SUFFIX = ".cls"
 TAR_BLOCK = 512
 READERS = 16
 """Samples that are waited for at once, where the disk is slow to answer."""
-SLOW_S = 1e-4
-"""A sample that took longer was not in memory: it is a few microseconds' work."""
+SLOW_S = 3e-4
+"""A sample that took longer was not in memory: it is a microsecond's work."""
 
 I64 = NDArray[np.int64]
 U16 = NDArray[np.uint16]
@@ -151,6 +151,8 @@ class Split:
         self._shard_N = table.shard_N
         self._offset_N = table.offset_N
         self._mapped: dict[int, U16] = {}
+        self._addresses: dict[int, int] = {}
+        """Where the mapped shards begin."""
         self._resident: U16 | None = None
 
     def __len__(self) -> int:
@@ -164,12 +166,11 @@ class Split:
             return self._resident[indices_N, views_N]
         starts_N = self._offset_N[indices_N] + 2 * views_N * self.tokens
         gathered: U16 = np.empty((len(indices_N), self.tokens), dtype=np.uint16)
-        where = list(zip(self._shard_N[indices_N].tolist(), starts_N.tolist(), strict=True))
-        self._gather(gathered, where)
+        self._gather(gathered, self._shard_N[indices_N].tolist(), starts_N.tolist())
         return gathered
 
-    def _gather(self, into: U16, where: list[tuple[int, int]]) -> None:
-        """Row n of `into` from `where[n]`: shard and byte.
+    def _gather(self, into: U16, shards: list[int], starts: list[int]) -> None:
+        """Row n of `into` from byte `starts[n]` of `shards[n]`.
 
         One after the other as long as they are in memory. Once one had to be waited for, as on a network disk that
         nobody has read from yet, several threads wait for the rest at once.
@@ -177,16 +178,18 @@ class Split:
         address, row_bytes = into.ctypes.data, 2 * self.tokens
 
         def copy(number: int) -> None:
-            shard, start = where[number]
-            _copy(address + number * row_bytes, self._open(shard).ctypes.data + start, row_bytes)
+            base = self._addresses.get(shards[number]) or self._open(shards[number])
+            _copy(address + number * row_bytes, base + starts[number], row_bytes)
 
-        for number in range(len(where)):
-            since = time.perf_counter()
+        before = time.perf_counter()
+        for number in range(len(shards)):
             copy(number)
-            if time.perf_counter() - since > SLOW_S:
+            now = time.perf_counter()
+            if now - before > SLOW_S:
                 # Whatever fails in a thread is raised here.
-                list(self._readers.map(copy, range(number + 1, len(where))))
+                list(self._readers.map(copy, range(number + 1, len(shards))))
                 return
+            before = now
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor:
@@ -225,6 +228,7 @@ class Split:
         assert resident.shape == self.shape
         self._resident = resident
         self._mapped.clear()
+        self._addresses.clear()
 
     def _check_range(self, indices_N: I64, views_N: I64) -> None:
         if indices_N.size and not (indices_N.min() >= 0 and indices_N.max() < len(self)):
@@ -232,14 +236,12 @@ class Split:
         if views_N.size and not (views_N.min() >= 0 and views_N.max() < self.views):
             raise IndexError(f"view numbers must lie in [0, {self.views})")
 
-    def _open(self, number: int) -> U16:
-        """A shard's 16-bit words, mapped. Several threads may ask at once: the first one's is kept."""
-        words = self._mapped.get(number)
-        if words is None:
-            info = self._shards[number]
-            check_file(self._folder, info, digest=False)
-            words = self._mapped.setdefault(number, self._checked(number, _map(self._folder / info.name, info.bytes)))
-        return words
+    def _open(self, number: int) -> int:
+        """Map a shard; gives its address. Several threads may do so at once: the first one's mapping is kept."""
+        info = self._shards[number]
+        check_file(self._folder, info, digest=False)
+        words = self._mapped.setdefault(number, self._checked(number, _map(self._folder / info.name, info.bytes)))
+        return self._addresses.setdefault(number, words.ctypes.data)
 
     def _checked(self, number: int, data: NDArray[np.uint8]) -> U16:
         """Its 16-bit words. Raises StoreError unless the shard's first and last sample begin where the index says."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from mvar import shipped, status
+from mvar.cluster import chain
 from mvar.config import TrainConfig
 from mvar.ds_config import read_template
 from mvar.errors import ConfigError
@@ -148,3 +152,22 @@ def test_a_number_is_decimal_unless_it_says_otherwise(tmp_path: Path, text: str,
     assert overridden(f"seed={text}").seed == seed
     with pytest.raises(ConfigError, match="seed: got '1:30'"):
         overridden("seed=1:30")
+
+
+def test_a_chain_and_its_status_mean_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert chain.parse_begin(["--config", "d16.yaml", "run=~/x"])[0] == Path("/home/ada/x")
+    command = "slurm/train.sbatch run=$SCRATCH/x run=$NOWHERE/x"
+    assert status._runs_in(command, tmp_path) == [Path("/scratch/x")]
+
+
+@pytest.mark.parametrize(("word", "code"), [("run=$NOWHERE/x", 2), ("run=${HOME}/x", 2), ("data.store=$HOME/x", 0)])
+def test_the_batch_script_takes_no_folder_that_it_cannot_read(tmp_path: Path, word: str, code: int) -> None:
+    """Its own refusal names the word; without it, it goes on to miss its other files here."""
+    script = shipped.ROOT / "slurm" / "train.sbatch"
+    environ = {"PATH": os.environ["PATH"], "MVAR_HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(script), word], capture_output=True, text=True, env=environ, cwd=tmp_path)
+    assert (f"{word}: a variable that no shell has replaced" in done.stderr) == (code == 2)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())

@@ -53,12 +53,13 @@ def test_an_error_in_a_thread_is_the_readers(folder: Path, monkeypatch: pytest.M
     split = CodeStore.open(folder).split("train")
     split.codes(np.arange(5), np.zeros(5, np.int64))
 
-    def damaged(*_: Any) -> Any:
+    address = split._addresses.pop(0)
+
+    def damaged(_: int) -> int:
+        if threading.current_thread() is threading.main_thread():
+            return address
         raise StoreError("shard train-000000.tar: damaged")
 
-    monkeypatch.setattr(
-        split, "_open", lambda _: damaged() if threading.current_thread().name != "MainThread" else page
-    )
-    page = split._mapped[0]
+    monkeypatch.setattr(split, "_open", damaged)
     with pytest.raises(StoreError, match=r"train-000000\.tar: damaged"):
         split.codes(np.arange(5), np.zeros(5, np.int64))
