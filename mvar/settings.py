@@ -146,7 +146,7 @@ def expanded(text: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         name = match[1].strip("{}")
-        if name != "$" and name not in os.environ:
+        if name != "$" and not os.environ.get(name):  # With an empty one, $SCRATCH/runs would lie in the root.
             raise ConfigError(f"{text!r}: the environment has no variable {name}. Set it; a dollar itself is $$.")
         return "$" if name == "$" else os.environ[name]
 
@@ -290,6 +290,8 @@ def _apply(tree: dict[str, Any], override: str, section: type[Section]) -> None:
         tree[leaf] = _parse(text, group, f"{key}.")
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
 
 
 def _explain(section: type[Section], problem: Any) -> str:

@@ -80,6 +80,7 @@ def test_home_and_variables_are_expanded_in_paths_and_nowhere_else(
     [
         ("run=$NOWHERE/x", r"run: '\$NOWHERE/x': the environment has no variable NOWHERE"),
         ("data.store=${NOWHERE}", r"data\.store: .*no variable NOWHERE"),
+        ("run=$EMPTY/x", r"run: .*no variable EMPTY"),
         ("run=~nobody-of-that-name/x", r"run: .*no such user"),
         ("run=", "run: got nothing, expected a path"),
     ],
@@ -88,6 +89,7 @@ def test_a_path_that_cannot_be_meant_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("EMPTY", "")
     with pytest.raises(ConfigError, match=message):
         overridden(override)
     file = tmp_path / "a.yaml"
@@ -127,7 +129,7 @@ def test_a_doubled_key_is_refused_with_both_lines(tmp_path: Path, text: str, mes
 
 
 def test_a_doubled_key_on_one_line_or_in_an_override_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="base_lr stands twice"):
+    with pytest.raises(ConfigError, match=r"override .optim=.*base_lr stands twice"):
         overridden("optim={base_lr: 1, base_lr: 2}")
 
 
