@@ -23,7 +23,7 @@ from mvar.images.pixels import Background, GreyBits, Orientation, Rules
 from mvar.images.sources import Contents, Source
 from mvar.images.views import RESIZE, HFlip, ViewPlan
 from mvar.run.tasks import differences
-from mvar.settings import Fraction, Section
+from mvar.settings import Fraction, PathOrUrl, Section
 from mvar.tokenizer.files import save_quantizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -64,7 +64,9 @@ class ViewsConfig(Section):
 class TokenizeConfig(Section):
     """Everything `mvar tokenize` can be told."""
 
-    source: str = Field(description="folder of class folders, or of train/ and val/; list file; tars, also by URL")
+    source: PathOrUrl = Field(
+        description="folder of class folders, or of train/ and val/; list file; tars, also by URL"
+    )
     source_kind: Kind = Field("auto", description="what the source is; auto: seen from its name and content")
     source_cache: Path | None = Field(None, description="folder that keeps copies of tars which lie behind a URL")
     val_labels: Path | None = Field(None, description="lines `file class`, for a val/ without class folders (ImageNet)")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
-from mvar.settings import Fraction, Section
+from mvar.settings import Fraction, PathOrUrl, Section
 
 AttentionBackend = Literal["auto", "sdpa", "varlen", "flash", "triton"]
 MambaBackend = Literal["auto", "torch", "mamba_ssm"]
@@ -73,10 +73,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The code store that is trained on."""
 
-    store: str = Field(description="folder of the code store (the one that holds manifest.json), or its URL")
+    store: PathOrUrl = Field(description="folder of the code store (the one that holds manifest.json), or its URL")
     tokenizer: Path | None = Field(None, description="tokenizer file, to draw sample grids while training")
     reader: ReaderKind = Field(
-        "mmap", description="map the shards, load them all first, or copy them to the node's disk and map them there"
+        "mmap",
+        description="map the shards, load them first (once a machine), or copy them to the node's disk and map these",
     )
     stage: Path | None = Field(None, description="folder on the node's own disk, for reader=staged")
 
@@ -105,6 +106,9 @@ class OptimConfig(Section):
     )
     label_smoothing: Fraction = Field(0.0, description="share of each target spread over all words; published: 0")
     ema_decay: Fraction = Field(0.0, description="moving average of the weights, such as 0.9999; 0: none is kept")
+    ema_warmup: bool = Field(
+        True, description="with ema_decay: after n updates the average's decay is (1 + n) / (10 + n) at most"
+    )
     impl: Literal["auto", "torch", "deepspeed_cpu", "deepspeed_fused", "apex"] = Field(
         "auto", description="who runs AdamW: torch fused, DeepSpeed, or NVIDIA apex"
     )
@@ -202,7 +206,7 @@ class TrackingConfig(Section):
     peak_tflops: PeakSetting = Field(
         "auto", description="of one GPU, for MFU: auto knows it by name; measure: torch.matmul at the start"
     )
-    wandb: WandbMode = Field("offline", description="Weights & Biases")
+    wandb: WandbMode | None = Field(None, description="Weights & Biases; default: what WANDB_MODE says, else offline")
     wandb_project: str = Field("mvar", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events under the run folder")
 

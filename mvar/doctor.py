@@ -29,7 +29,7 @@ from mvar.machine import fabric, hardware, packages, storage
 from mvar.machine.findings import Finding, Report, fixes, screen
 from mvar.run.launcher import detect
 from mvar.run.world import finish, join
-from mvar.settings import load
+from mvar.settings import expanded, load
 
 PLACEHOLDERS = ["run=.", "data.store=none"]
 """What a recipe does not say and doctor does not need."""
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What the recipe says comes first, the placeholders where it says nothing.
         config = load(TrainConfig, args.config, [*missing_keys(args.config), *args.overrides])
     told = [word.partition("=")[2] for word in args.overrides if word.startswith("run=")]
-    run = Path(told[-1]) if told else config.run if config is not None and config.run != Path(".") else None
+    run = Path(expanded(told[-1])) if told else config.run if config is not None and config.run != Path(".") else None
     place = detect(os.environ)
     report: Report = examine(config, run) if place.rank == 0 else {}
     if place.size > 1:

@@ -70,7 +70,7 @@ def find_template(path: Path) -> Path:
 
 def read_template(path: Path) -> Tree:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_single)
     except (OSError, ValueError) as error:
         raise ConfigError(f"DeepSpeed template {path}: cannot be read as JSON ({error}).") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
@@ -79,6 +79,14 @@ def read_template(path: Path) -> Tree:
         got = tree["zero_optimization"].get("stage")
         raise ConfigError(f'DeepSpeed template {path}: "zero_optimization.stage" is {got!r}, expected 0, 1, 2 or 3.')
     return tree
+
+
+def _single(pairs: list[tuple[str, Any]]) -> Tree:
+    """A section whose keys stand once. Raises ValueError."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise ValueError(f'key "{twice[0]}" stands twice in one section; keep one')
+    return dict(pairs)
 
 
 def resolve(config: TrainConfig, split: BatchSplit) -> Tree:
@@ -95,6 +103,11 @@ def resolve(config: TrainConfig, split: BatchSplit) -> Tree:
     if stage == 0:
         tree["gradient_clipping"] = 0.0  # Without ZeRO, DeepSpeed clips without telling the norm: the engine does it.
     _check_precision(config, tree, stage, path)
+    if stage == 3 and config.optim.impl == "apex":
+        raise ConfigError(
+            f"optim.impl apex with ZeRO stage 3 ({path}): DeepSpeed calls it once for each sub-group of parameters, and"
+            " it counts every call as a step, so its bias correction would be wrong. Set optim.impl=torch."
+        )
     _place_offload(tree["zero_optimization"], config, path)
     _check_with_deepspeed(tree, path)
     return tree

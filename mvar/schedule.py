@@ -146,8 +146,12 @@ class Plan:
         return self.curriculum.at(self._position(step), self.warmup_steps, self.total_steps)
 
     def _position(self, step: int) -> float:
-        """Steps of the present global batch that the images seen before `step` would have made."""
-        return self.samples(step) / self.phases[-1].global_batch
+        """Steps of the present global batch that the images seen before `step` would have made.
+
+        Never beyond the last one: after another batch, or images that were skipped, the last step may begin less than a
+        whole step before the end, and the schedules are not made for what comes after their last step.
+        """
+        return min(self.samples(step) / self.phases[-1].global_batch, self.total_steps - 1)
 
 
 def lr_share(step: float, total_steps: int, warmup_steps: int, start: float, final: float, kind: str) -> float:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +25,17 @@ from typing import Any
 
 from mvar.cli import run_command
 from mvar.durations import duration
-from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, MvarError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError
 from mvar.run.claims import claim_path, living_holder
-from mvar.run.history import History, Start
+from mvar.run.history import History, Start, Trouble
 from mvar.run.names import CLAIM, folder_of, newest_step
+from mvar.settings import expanded
 
 RECENT = 50
 """Steps over which loss and speed are averaged."""
 QUEUE_WITHIN_S = 10.0
+TROUBLES_SHOWN, SAMPLES_SHOWN = 5, 8
+TROUBLE_NAMES = {"spike": "spikes", "skipped": "steps skipped", "went_back": "times gone back"}
 JOB_NAME = "mvar-train-{run}"
 _BLOCK_BYTES = 1 << 18
 _STEP_SECONDS = re.compile(rb'"step_s": ([0-9.eE+-]+)')
@@ -112,6 +116,8 @@ class Status:
     periods: list[Period]
     goodput: float | None
     allocated_rank_s: float
+    troubles: list[Trouble]
+    """Bad steps, also those that a rollback undid; oldest first."""
 
 
 def status_of(run: Path, now: float | None = None) -> Status:
@@ -141,6 +147,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
         periods=periods,
         goodput=min(1.0, useful_rank_seconds(metrics) / rank_s) if rank_s else None,
         allocated_rank_s=rank_s,
+        troubles=History(run).troubles(),
     )
 
 
@@ -296,7 +303,12 @@ def queue_of(run: Path, known: set[str]) -> tuple[list[QueueJob], str | None]:
 
 
 def _runs_in(command: str, folder: Path) -> list[Path]:
-    return [(folder / word.removeprefix("run=")).resolve() for word in command.split() if word.startswith("run=")]
+    found = []
+    for word in command.split():
+        if word.startswith("run="):
+            with contextlib.suppress(ConfigError):  # Somebody else's, who has other variables.
+                found.append((folder / expanded(word.removeprefix("run="))).resolve())
+    return found
 
 
 # --- on the screen ---------------------------------------------------------------------------------------------------
@@ -326,10 +338,26 @@ def show(status: Status, most: int = 8) -> str:
     if status.goodput is not None:
         hours = status.allocated_rank_s / 3600
         lines.append(("goodput", f"{100 * status.goodput:.1f} % of {hours:,.2f} rank-hours"))
+    lines += _trouble_lines(status.troubles)
     hidden = max(0, len(status.periods) - most)
     lines.append(("starts", f"{len(status.periods)}" + (f", the last {most}:" if hidden else "")))
     lines += [("", _start_line(period)) for period in status.periods[hidden:]]
     return "\n".join(f"{name:11} {text}".rstrip() for name, text in lines if name != "queue" or text)
+
+
+def _trouble_lines(troubles: Sequence[Trouble]) -> Iterator[tuple[str, str]]:
+    if not troubles:
+        return
+    count = Counter(trouble.event for trouble in troubles)
+    yield "trouble", ", ".join(f"{count[event]} {what}" for event, what in TROUBLE_NAMES.items() if count[event])
+    for trouble in troubles[-TROUBLES_SHOWN:]:
+        named = " ".join(str(sample) for sample in trouble.samples[:SAMPLES_SHOWN])
+        more = ", ..." if len(trouble.samples) > SAMPLES_SHOWN else ""
+        samples = f"; samples {named}{more}" if named else ""
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(trouble.time))
+        where = "to step" if trouble.event == "went_back" else "step"
+        event = trouble.event.replace("_", " ")
+        yield "", f"{when} {event} {where} {trouble.step:,}: {trouble.reason}{samples}"
 
 
 def _start_line(period: Period) -> str:

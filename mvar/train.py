@@ -13,9 +13,11 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mvar.checkpoint.choosing import retain
+from mvar.checkpoint.record import Progress
 from mvar.checkpoint.saver import Saved, Saver
 from mvar.cli import run_command
 from mvar.config import TrainConfig
@@ -39,11 +41,11 @@ from mvar.training.determinism import make_deterministic
 from mvar.training.drawing import SampleGrid
 from mvar.training.engine import Averages, Engine, LaunchedStep, StepResult
 from mvar.training.evaluating import SampleFigures
-from mvar.training.job import TrainingJob, prepare
+from mvar.training.job import TrainingJob, hold_codes, prepare
 from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
 from mvar.training.stability import DivergedError, Stability
-from mvar.training.starting import begin, beyond_help, choose_checkpoint, go_back
+from mvar.training.starting import begin, beyond_help, choose_checkpoint, go_back, known_steps
 
 WORST = 8
 """Samples that a spike's record names."""
@@ -70,34 +72,42 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         stops = stack.enter_context(StopRequests(run.stop_file, margin_s, looks=world.is_main))
         session = Session(run, world, watchdog, stops, ours, takeover_s)
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
+        hold_codes(job, world)
         job, found = choose_checkpoint(run, job, world, change_batch=change_batch)
         watchdog.feed("start")
         objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
         engine = Engine(config, job.model, job.plan, job.split, objective, world)
         be_patient(config.engine.limits_s().values())
         watchdog.feed("start")
-        done = begin(engine, run, job, world, found)
+        begun = begin(engine, run, job, world, found)
         watchdog.feed("start")
         announce(world, [*engine.chosen, *chosen(job, world)])
-        history.going_on(done)
+        history.going_on(begun.step)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
         for left in range(config.engine.max_rollbacks, -1, -1):
             try:
-                with training(session, job, engine, history, utilisation, done) as opened:
-                    return opened.loop(done)
+                with training(session, job, engine, history, utilisation, begun) as opened:
+                    return opened.loop(begun.step)
             except DivergedError as bad:
                 world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
                 watchdog.feed("start")
-                job, done = go_back(engine, run, job, world, bad)
+                left_out = job.plan.samples(bad.done)
+                job, begun = go_back(engine, run, job, world, bad)
+                history.went_back(bad.first, bad.done - 1, begun.step, left_out - begun.samples)
         raise AssertionError("the last round returns or raises")
 
 
 @contextmanager
 def training(
-    session: Session, job: TrainingJob, engine: Engine, history: History, utilisation: Utilisation | None, done: int
+    session: Session,
+    job: TrainingJob,
+    engine: Engine,
+    history: History,
+    utilisation: Utilisation | None,
+    begun: Progress,
 ) -> Iterator[TransformerTraining]:
-    """Open what is needed to train from `done` steps on, and close it again."""
-    run, world, config = session.run, session.world, job.config
+    """Open what is needed to train from `begun` on, and close it again."""
+    run, world, config, done = session.run, session.world, job.config, begun.step
     with ExitStack() as stack:
         tracker = stack.enter_context(open_tracker(run, job, world, done))
         shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": config.global_batch}
@@ -107,7 +117,8 @@ def training(
         world.raise_together(feed.error)
         saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
         tell([saver.chosen])
-        yield TransformerTraining(session, feed, job, engine, history, utilisation, tracker, saver)
+        judging = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas, known_steps(begun, config))
+        yield TransformerTraining(session, feed, job, engine, history, utilisation, tracker, saver, judging)
 
 
 class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
@@ -125,15 +136,15 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
         utilisation: Utilisation | None,
         tracker: Tracker,
         saver: Saver,
+        stability: Stability,
     ) -> None:
         super().__init__(session, feed, tracker, job.plan.last_step, job.config.checkpoint.every_steps)
         self.job, self.engine, self.history, self.utilisation = job, engine, history, utilisation
-        self.saver = saver
+        self.saver, self.stability = saver, stability
         self.grid = SampleGrid(job, engine, session.world, self.require_leisure)
         self.figures: SampleFigures | None = None
         if job.config.tracking.evaluate_every:
             self.figures = SampleFigures(job, engine, session.world, self.require_leisure)
-        self.stability = Stability(job.config.engine.max_bad_steps, job.config.engine.spike_sigmas)
 
     def launch(self, done: int, batches: Sequence[Batch]) -> LaunchedStep:
         return self.engine.launch(done, batches, self.session.votes(self.feed, written=self.saver.ended))
@@ -168,7 +179,8 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             self.evaluate(done)
 
     def save(self, done: int, *, last: bool) -> None:
-        self.note(self.saver.save(self.engine.progress(done), last=last))
+        progress = replace(self.engine.progress(done), known_steps=self.stability.known())
+        self.note(self.saver.save(progress, last=last))
 
     def settle(self) -> None:
         self.note(self.saver.settle())
@@ -184,15 +196,25 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
         self.history.end(EXIT_STOPPED, done, reason)
 
     def judge(self, done: int, result: StepResult) -> None:
-        """Look at the step that was just done; note spikes. Raises DivergedError on all ranks."""
+        """Look at the step that was just done; note spikes. Raises DivergedError on all ranks.
+
+        What a rollback or a restart cuts from metrics.jsonl stays in history.jsonl.
+        """
+        diverged = None
         try:
             reason = self.stability.judge(done - 1, result)
-        except DivergedError:
+        except DivergedError as error:
+            reason, diverged = error.reason, error
+        if reason is not None and result.skipped:
+            self.history.skipped(done, reason, result.bad_samples)
+        elif reason is not None:
+            worst = self.engine.worst_samples(WORST)
+            self.tracker.write("spike", done, reason=reason, worst_samples=worst)
+            self.history.spike(done, reason, worst)
+        if diverged is not None:
             self.session.watchdog.feed("save")
             self.saver.settle()
-            raise
-        if reason is not None and not result.skipped:
-            self.tracker.write("spike", done, reason=reason, worst_samples=self.engine.worst_samples(WORST))
+            raise diverged
 
     def note(self, attempts: list[Saved]) -> None:
         """Record checkpoints that came to their end, and remove those that are not to be kept."""

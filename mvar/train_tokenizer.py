@@ -37,7 +37,7 @@ from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
 from mvar.run.loop import Session, TrainingLoop, Votes, claim, due
 from mvar.run.stopping import StopRequests, Watchdog
-from mvar.run.tracking import Stopwatch, Tracker
+from mvar.run.tracking import Stopwatch, Tracker, wandb_mode
 from mvar.run.world import World, be_patient
 from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of
@@ -325,7 +325,7 @@ def _tracker(config: TokenizerTrainConfig, world: World, done: int) -> Tracker:
         config.out,
         TrackingConfig(
             log_every=config.log_every,
-            wandb=config.wandb,
+            wandb=config.wandb or ("disabled" if wandb_mode(None) is None else None),
             wandb_project=config.wandb_project,
             tensorboard=config.tensorboard,
         ),

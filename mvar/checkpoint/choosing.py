@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from mvar.files.disk import discard_folder
 from mvar.log import log
 from mvar.run.names import folder_of, steps_in
 from mvar.run.world import World
+
+DAMAGED, DIVERGED = "damaged", "diverged"
+"""Why checkpoints are set aside, as it stands in their names."""
+_ASIDE = re.compile(rf"step-(\d{{9,}})\.({DAMAGED}|{DIVERGED})(?:-(\d+))?")
 
 
 def verify(folder: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)) -> None:
@@ -51,7 +56,7 @@ def choose(checkpoints: Path, world: World, *, trust_sizes: bool = False) -> Pat
 
     def damaged(folder: Path, text: str) -> None:
         if world.is_main:
-            aside = _set_aside(folder, "damaged")
+            aside = _set_aside(folder, DAMAGED)
             log.warning("damaged checkpoint set aside as %s: %s", aside.name, text)
 
     return newest_good(checkpoints, world.share(steps_in(checkpoints)), problem, damaged)
@@ -77,7 +82,7 @@ def set_aside_after(checkpoints: Path, step: int) -> None:
     """Set checkpoints of later steps than `step` aside as `step-....diverged`."""
     for late in steps_in(checkpoints):
         if late > step:
-            _set_aside(folder_of(checkpoints, late), "diverged")
+            _set_aside(folder_of(checkpoints, late), DIVERGED)
 
 
 def _set_aside(folder: Path, why: str) -> Path:
@@ -91,7 +96,7 @@ def _set_aside(folder: Path, why: str) -> Path:
 def retain(checkpoints: Path, *, last: int, every: int = 0, best: bool = False) -> None:
     """Remove all checkpoints but the newest `last`, those of every `every`-th step, and the `best` validated one.
 
-    The newest one that is in order is never removed.
+    The newest one that is in order is never removed. Of those that were set aside the newest of each kind is kept.
     """
     steps = steps_in(checkpoints)
     kept = set(steps[-last:])
@@ -104,11 +109,20 @@ def retain(checkpoints: Path, *, last: int, every: int = 0, best: bool = False) 
     if best:
         kept |= _best_of(checkpoints, steps)
     try:
-        for step in steps:
-            if step not in kept:
-                discard_folder(folder_of(checkpoints, step))
+        for folder in [folder_of(checkpoints, step) for step in steps if step not in kept] + _old_aside(checkpoints):
+            discard_folder(folder)
     except OSError as error:  # Too many checkpoints are no reason to end a training.
         log.warning("an old checkpoint cannot be removed: %s", error)
+
+
+def _old_aside(checkpoints: Path) -> list[Path]:
+    """What was set aside, without the newest of each kind."""
+    old = []
+    for why in (DAMAGED, DIVERGED):
+        entries = [(_ASIDE.fullmatch(entry.name), entry) for entry in checkpoints.iterdir() if entry.is_dir()]
+        found = [(entry.stat().st_mtime, int(m[1]), int(m[3] or 0), entry) for m, entry in entries if m and m[2] == why]
+        old += [entry for *_, entry in sorted(found)[:-1]]
+    return old
 
 
 def _best_of(checkpoints: Path, steps: list[int]) -> set[int]:

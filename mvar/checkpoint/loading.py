@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvar.checkpoint.partition import WEIGHT, Partition, Piece
-from mvar.checkpoint.record import CheckpointRecord, Progress, key_of
+from mvar.checkpoint.record import CheckpointRecord, key_of
 from mvar.errors import CheckpointError
 from mvar.run.world import World
 
@@ -28,11 +28,10 @@ class CheckpointReader:
         """Elements [start, stop) of the flattened parameter, float32. Raises CheckpointError."""
         values = torch.empty(stop - start)
         missing = stop - start
-        for file, first, last in self.record.pieces.get(name, []):
+        for file, first, last in self.record.holders(name, start, stop):
             low, high = max(start, first), min(stop, last)
-            if low < high:
-                values[low - start : high - start] = self._slice(file, key_of(name, kind), low - first, high - first)
-                missing -= high - low
+            values[low - start : high - start] = self._slice(file, key_of(name, kind), low - first, high - first)
+            missing -= high - low
         if missing:
             raise CheckpointError(f"{self.folder}: {missing} elements of {name} ({kind}) are in none of its files.")
         return values
@@ -47,7 +46,7 @@ class CheckpointReader:
         return values
 
 
-def restore(folder: Path, partition: Partition, world: World) -> Progress:
+def restore(folder: Path, partition: Partition, world: World) -> CheckpointRecord:
     """Load weights, moments and AdamW's count; all ranks together. Raises CheckpointError if the model differs."""
     reader = CheckpointReader(folder)
     _same_shapes(reader.record, partition.shapes, folder)
@@ -62,7 +61,7 @@ def restore(folder: Path, partition: Partition, world: World) -> Progress:
 
     world.together(fill)
     partition.publish()
-    return reader.record.progress
+    return reader.record
 
 
 def _same_shapes(record: CheckpointRecord, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:

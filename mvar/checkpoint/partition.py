@@ -179,8 +179,11 @@ class Partition:
         """Updates that AdamW has made (skipped steps do not count). To be set after `fill`."""
         if self._counts_in_groups:
             return int(self._client.param_groups[0].get("step", 0))
-        state = self._client.state.get(self._masters[0])
-        return int(state["step"]) if state else 0
+        states = [state for key in self._masters if (state := self._client.state.get(key))]
+        if states and isinstance(states[0]["step"], Tensor):
+            return int(states[0]["step"])
+        # DeepSpeed's fused one counts in one tensor of each group.
+        return max((int(state["step"]) for state in states), default=0)
 
     @adam_steps.setter
     def adam_steps(self, steps: int) -> None:

@@ -15,12 +15,14 @@ no conversion, and the same ones get the same bits. Nothing is pickled.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
+from mvar.checkpoint.ownership import Ownership, holders
 from mvar.checkpoint.partition import KINDS
 from mvar.checkpoint.tensors import FileRecord
 from mvar.config import ModelConfig, TrainConfig
@@ -28,9 +30,21 @@ from mvar.errors import CheckpointError
 from mvar.files.disk import tree_digest
 from mvar.schedule import BatchPhase
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RECORD = "checkpoint.json"
 CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class KnownSteps:
+    """What a training knew of its last good steps, by which it tells a bad one (see mvar.training.stability)."""
+
+    loss: tuple[float, ...]
+    grad_norm: tuple[float, ...]
+    scales: int
+    """How many scales these steps learned from."""
+    bad_in_a_row: int
+    """Steps, up to the last one."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,10 @@ class Progress:
     is that of the files, since their first format."""
     validation_loss: float | None = None
     """Mean cross entropy of a validation after this very step, if there was one."""
+    known_steps: KnownSteps | None = None
+    """None: saved by an mvar that kept it to itself."""
+    ema_updates: int | None = None
+    """How often the moving average moved. None: there is none, or it is from before it warmed up, and goes on so."""
 
 
 class CheckpointRecord(pydantic.BaseModel):
@@ -70,15 +88,27 @@ class CheckpointRecord(pydantic.BaseModel):
     """What is kept of every parameter."""
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter."""
-    pieces: dict[str, list[tuple[str, int, int]]]
-    """Parameter -> (file, first element, one past the last), elements of the flattened parameter."""
+    ownership: Ownership = {}
+    """Which ranks hold which elements of the flattened parameter; from format 3 on."""
+    pieces: dict[str, list[tuple[str, int, int]]] = {}
+    """The same up to format 2: parameter -> (file, first element, one past the last), a row for each rank."""
     files: dict[str, FileRecord]
     versions: dict[str, str]
 
     def text(self) -> str:
         """JSON with its own SHA-256, so that a flipped bit in it shows."""
-        tree = self.model_dump(mode="json")
+        # An older mvar, which may be the one that reads a record of its format, knows neither of the two keys it lacks.
+        absent = {key for key in ("ownership", "pieces") if not getattr(self, key)}
+        tree = self.model_dump(mode="json", exclude=absent)
         return json.dumps(tree | {"sha256": tree_digest(tree)}, indent=1)
+
+    def holders(self, name: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """(file, first element in it, one past the last) of the files with elements [start, stop) of a parameter."""
+        for file, first, last in self.pieces.get(name, []):
+            if first < stop and start < last:
+                yield file, first, last
+        for rank, first, last in holders(self.ownership.get(name, []), self.shapes.get(name, ()), start, stop):
+            yield file_of(rank), first, last
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointRecord:
@@ -145,6 +175,11 @@ def _essence(model: ModelConfig) -> dict[str, Any]:
     """The model's settings with defaults resolved, without the choice of kernels."""
     tree = model.model_dump(mode="json", exclude={"attention_backend", "mamba_backend", "norm_backend"})
     return tree | {"width": model.resolved_width, "heads": model.resolved_heads, "drop_path": model.resolved_drop_path}
+
+
+def file_of(rank: int) -> str:
+    """Of a checkpoint's files, the one that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def key_of(name: str, kind: str) -> str:

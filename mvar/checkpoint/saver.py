@@ -23,7 +23,7 @@ from torch import Tensor
 from mvar.cgroups import memory_left
 from mvar.checkpoint.partition import Partition
 from mvar.checkpoint.record import Identity, Progress
-from mvar.checkpoint.saving import Draft, note_validation
+from mvar.checkpoint.saving import Draft, gathered, note_validation
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError, MvarError, WriteError
 from mvar.log import Chosen, log
@@ -73,6 +73,7 @@ class Saver:
         """By all ranks together. `sync_records`: called on rank 0 first; if it raises WriteError, the save failed."""
         self._checkpoints, self._partition, self._world, self._identity = checkpoints, partition, world, identity
         self._settings, self._sync_records = settings, sync_records
+        self._ownership = gathered(partition, world)
         self._buffer: Tensor | None = None
         without = self._ranks_without_room() if settings.background == "auto" else 0
         self._background = settings.background == "auto" and not without
@@ -95,7 +96,7 @@ class Saver:
         """
         began = time.perf_counter()
         settled = self.settle()
-        draft = Draft(self._checkpoints, self._partition, self._world, progress, self._identity)
+        draft = Draft(self._checkpoints, self._partition, self._world, progress, self._identity, self._ownership)
         flight = _Flight(draft, progress.step, began)
         failed = self._attempt(flight, lambda: draft.begin(self._sync_records), last)
         if failed is not None:

@@ -5,28 +5,20 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from mvar.checkpoint.partition import WEIGHT, Partition, Piece
-from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, CheckpointRecord, Identity, Progress, key_of
+from mvar.checkpoint.ownership import Ownership, numbers_of, ownership_of
+from mvar.checkpoint.partition import Partition
+from mvar.checkpoint.record import CONFIG, FORMAT_VERSION, RECORD, CheckpointRecord, Identity, Progress, file_of, key_of
 from mvar.checkpoint.tensors import FileRecord, write_tensors
 from mvar.errors import CheckpointError
 from mvar.files.disk import cannot_write, publish_folder, remove_tree, synced, write_text
 from mvar.run.names import folder_of
 from mvar.run.world import World
 from mvar.settings import dump
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one rank wrote."""
-
-    file: str
-    record: FileRecord
-    pieces: list[Piece]
 
 
 class Draft:
@@ -37,12 +29,20 @@ class Draft:
     """
 
     def __init__(
-        self, checkpoints: Path, partition: Partition, world: World, progress: Progress, identity: Identity
+        self,
+        checkpoints: Path,
+        partition: Partition,
+        world: World,
+        progress: Progress,
+        identity: Identity,
+        ownership: Ownership | None,
     ) -> None:
+        """`ownership`: by `gathered`."""
         self._partition, self._world, self._progress, self._identity = partition, world, progress, identity
+        self._ownership = ownership
         self.final = folder_of(checkpoints, progress.step)
         self._temporary = checkpoints / f".tmp-{self.final.name}"
-        self._written: Part | None = None
+        self._written: FileRecord | None = None
         self._error: BaseException | None = None
 
     def begin(self, sync_records: Callable[[], None] = lambda: None) -> None:
@@ -69,23 +69,22 @@ class Draft:
         self._error = self._attempt(lambda: self._write(values))
 
     def _write(self, values: Iterable[Tensor]) -> None:
-        name = f"rank-{self._world.rank:05d}.safetensors"
         layout = self._partition.layout()
         shapes: list[tuple[str, tuple[int, ...]]] = [(key_of(p.name, kind), (p.count,)) for p, kind in layout]
-        with synced(self._temporary / name) as file:
-            record = write_tensors(file, shapes, values, {"step": str(self._progress.step)})
-        self._written = Part(name, record, [piece for piece, kind in layout if kind == WEIGHT])
+        with synced(self._temporary / file_of(self._world.rank)) as file:
+            self._written = write_tensors(file, shapes, values, {"step": str(self._progress.step)})
 
     def commit(self) -> Path:
         """Give the folder its name, once every rank has written. Raises WriteError."""
         self._world.raise_together(self._error)
         assert self._written is not None
-        parts = self._world.gather(self._written)
-        self._world.raise_together(self._attempt(lambda: self._publish(parts)) if self._world.is_main else None)
+        written = self._world.gather_to_main(self._written)
+        self._world.raise_together(self._attempt(lambda: self._publish(written)) if written is not None else None)
         return self.final
 
-    def _publish(self, parts: list[Part]) -> None:
-        files = {part.file: part.record for part in parts}
+    def _publish(self, written: list[FileRecord]) -> None:
+        assert self._ownership is not None
+        files = {file_of(rank): record for rank, record in enumerate(written)}
         files[CONFIG] = _write_synced(self._temporary / CONFIG, dump(self._identity.config))
         record = CheckpointRecord(
             format_version=FORMAT_VERSION,
@@ -97,7 +96,7 @@ class Draft:
             zero_stage=self._partition.stage,
             kinds=self._partition.kinds,
             shapes=self._partition.shapes,
-            pieces=_merge(parts),
+            ownership=self._ownership,
             files=files,
             versions=self._identity.versions,
         )
@@ -136,7 +135,7 @@ def save(checkpoints: Path, partition: Partition, world: World, progress: Progre
 
     If any rank fails, all raise, and nothing but complete checkpoints remains.
     """
-    draft = Draft(checkpoints, partition, world, progress, identity)
+    draft = Draft(checkpoints, partition, world, progress, identity, gathered(partition, world))
     try:
         draft.begin()
         draft.write(values for _, _, values in partition.blocks())
@@ -146,12 +145,10 @@ def save(checkpoints: Path, partition: Partition, world: World, progress: Progre
         raise
 
 
-def _merge(parts: list[Part]) -> dict[str, list[tuple[str, int, int]]]:
-    merged: dict[str, list[tuple[str, int, int]]] = {}
-    for part in parts:
-        for piece in part.pieces:
-            merged.setdefault(piece.name, []).append((part.file, piece.start, piece.stop))
-    return {name: sorted(spans, key=lambda span: span[1]) for name, spans in merged.items()}
+def gathered(partition: Partition, world: World) -> Ownership | None:
+    """What all ranks hold together, on rank 0, which writes it down. All ranks; it stays so as long as they run."""
+    parts = world.gather_to_main(numbers_of(partition.owned, list(partition.shapes)))
+    return None if parts is None else ownership_of(parts, partition.shapes)
 
 
 def _write_synced(path: Path, text: str) -> FileRecord:

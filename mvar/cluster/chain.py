@@ -48,6 +48,7 @@ from mvar.files.disk import place
 from mvar.log import log
 from mvar.run.history import History
 from mvar.run.names import newest_step
+from mvar.settings import expanded
 
 BEGIN = {"train": 0, "user error": 2, "leave": 90}
 """Exit codes of `begin`. leave: there is nothing to do for this job."""
@@ -299,7 +300,7 @@ def parse_begin(words: Sequence[str]) -> tuple[Path, list[str]]:
         raise ConfigError("the training job needs run=FOLDER among its arguments.")
     given = [word for word in args.overrides if not word.startswith("run=")]
     config = ["--config", str(args.config)] if args.config else []
-    return Path(runs[-1]), [*config, *(["--resnapshot"] if args.resnapshot else []), *given]
+    return Path(expanded(runs[-1])), [*config, *(["--resnapshot"] if args.resnapshot else []), *given]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

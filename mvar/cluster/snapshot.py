@@ -42,7 +42,7 @@ from mvar.errors import MvarError
 from mvar.files.disk import sha256_of, sync_folder, synced, tree_digest
 from mvar.files.remote import is_url
 from mvar.log import log
-from mvar.settings import S, dump, flat, load
+from mvar.settings import S, dump, flat, load, written
 
 SOURCE = shipped.CODE
 """The checkout (or the folder of installed packages) that this very code is read from."""
@@ -234,7 +234,7 @@ def _remove_leftovers(run: Path) -> None:
 
 
 def _load(path: Path, overrides: Sequence[str], run: Path) -> TrainConfig:
-    return load(TrainConfig, path, [*overrides, f"run={json.dumps(str(run))}"])
+    return load(TrainConfig, path, [*overrides, f"run={written(run)}"])
 
 
 def _differences(args: argparse.Namespace) -> list[str]:

@@ -15,8 +15,11 @@ import contextlib
 import ctypes
 import io
 import mmap
+import time
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +39,10 @@ from mvar.tokenizer.quantizer import Quantizer
 CODES_SUFFIX = ".codes.npy"
 LABEL_SUFFIX = ".cls"
 TAR_BLOCK = 512
+READERS = 16
+"""Samples that are waited for at once, where the disk is slow to answer."""
+SLOW_S = 3e-4
+"""A sample that took longer was not in memory: it is a microsecond's work."""
 
 I64 = NDArray[np.int64]
 U16 = NDArray[np.uint16]
@@ -84,7 +91,7 @@ class CodeStore:
             _check_table(folder, name, info, table, manifest)
             splits[name] = Split(folder, name, info, table, manifest.tokens)
             if reader == "ram":
-                splits[name].load()
+                splits[name].hold(splits[name].loaded())
         return cls(folder, manifest, splits)
 
     def split(self, name: str) -> Split:
@@ -143,7 +150,9 @@ class Split:
         self._first_sample = np.cumsum([0, *(shard.samples for shard in info.shards)])
         self._shard_N = table.shard_N
         self._offset_N = table.offset_N
-        self._windows: dict[int, U16] = {}
+        self._mapped: dict[int, U16] = {}
+        self._addresses: dict[int, int] = {}
+        """Where the mapped shards begin."""
         self._resident: U16 | None = None
 
     def __len__(self) -> int:
@@ -155,14 +164,36 @@ class Split:
         self._check_range(indices_N, views_N)
         if self._resident is not None:
             return self._resident[indices_N, views_N]
-        starts_N = self._offset_N[indices_N] // 2 + views_N * self.tokens
-        shards_N = self._shard_N[indices_N]
+        starts_N = self._offset_N[indices_N] + 2 * views_N * self.tokens
         gathered: U16 = np.empty((len(indices_N), self.tokens), dtype=np.uint16)
-        order_N = np.argsort(shards_N, kind="stable")
-        for group in np.split(order_N, np.flatnonzero(np.diff(shards_N[order_N])) + 1):
-            if group.size:
-                gathered[group] = self._open(int(shards_N[group[0]]))[starts_N[group]]
+        self._gather(gathered, self._shard_N[indices_N].tolist(), starts_N.tolist())
         return gathered
+
+    def _gather(self, into: U16, shards: list[int], starts: list[int]) -> None:
+        """Row n of `into` from byte `starts[n]` of `shards[n]`.
+
+        One after the other as long as they are in memory. Once one had to be waited for, as on a network disk that
+        nobody has read from yet, several threads wait for the rest at once.
+        """
+        address, row_bytes = into.ctypes.data, 2 * self.tokens
+
+        def copy(number: int) -> None:
+            base = self._addresses.get(shards[number]) or self._open(shards[number])
+            _copy(address + number * row_bytes, base + starts[number], row_bytes)
+
+        before = time.perf_counter()
+        for number in range(len(shards)):
+            copy(number)
+            now = time.perf_counter()
+            if now - before > SLOW_S:
+                # Whatever fails in a thread is raised here.
+                list(self._readers.map(copy, range(number + 1, len(shards))))
+                return
+            before = now
+
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(READERS, thread_name_prefix="mvar-read")
 
     def key(self, index: int) -> str:
         """The sample's key, read from its place in the shard."""
@@ -171,17 +202,33 @@ class Split:
             file.seek(int(self._offset_N[index]) - len(codes_header(self.views, self.tokens)) - TAR_BLOCK)
             return file.read(100).split(b"\0")[0].decode().removesuffix(CODES_SUFFIX)
 
-    def load(self) -> None:
-        """Read all codes into memory (2 x views x L bytes a sample); from then on no file is touched."""
-        resident: U16 = np.empty((len(self), self.views, self.tokens), dtype=np.uint16)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of all codes: (samples, views, L)."""
+        return len(self), self.views, self.tokens
+
+    def loaded(self) -> U16:
+        """All codes, in memory of this process."""
+        codes: U16 = np.empty(self.shape, dtype=np.uint16)
+        self.fill(codes)
+        return codes
+
+    def fill(self, resident: U16) -> None:
+        """Read all codes into `resident`, an array of `shape`. Raises StoreError."""
         for number, info in enumerate(self._shards):
             check_file(self._folder, info, digest=False)
-            windows = self._checked_windows(number, np.fromfile(self._folder / info.name, dtype=np.uint8))
+            words = self._checked(number, np.fromfile(self._folder / info.name, dtype=np.uint8))
+            windows = np.lib.stride_tricks.sliding_window_view(words, self.tokens)
             own = slice(*self._first_sample[number : number + 2])
             for view in range(self.views):
                 resident[own, view] = windows[self._offset_N[own] // 2 + view * self.tokens]
+
+    def hold(self, resident: U16) -> None:
+        """From now on take codes from `resident`, which holds all of them; no file is touched any more."""
+        assert resident.shape == self.shape
         self._resident = resident
-        self._windows.clear()
+        self._mapped.clear()
+        self._addresses.clear()
 
     def _check_range(self, indices_N: I64, views_N: I64) -> None:
         if indices_N.size and not (indices_N.min() >= 0 and indices_N.max() < len(self)):
@@ -189,18 +236,15 @@ class Split:
         if views_N.size and not (views_N.min() >= 0 and views_N.max() < self.views):
             raise IndexError(f"view numbers must lie in [0, {self.views})")
 
-    def _open(self, number: int) -> U16:
-        """A shard, mapped, as every run of L consecutive 16-bit words in it: (words - L + 1, L), no copy."""
-        windows = self._windows.get(number)
-        if windows is None:
-            info = self._shards[number]
-            check_file(self._folder, info, digest=False)
-            windows = self._checked_windows(number, _map(self._folder / info.name, info.bytes))
-            self._windows[number] = windows
-        return windows
+    def _open(self, number: int) -> int:
+        """Map a shard; gives its address. Several threads may do so at once: the first one's mapping is kept."""
+        info = self._shards[number]
+        check_file(self._folder, info, digest=False)
+        words = self._mapped.setdefault(number, self._checked(number, _map(self._folder / info.name, info.bytes)))
+        return self._addresses.setdefault(number, words.ctypes.data)
 
-    def _checked_windows(self, number: int, data: NDArray[np.uint8]) -> U16:
-        """Raises StoreError unless the shard's first and last sample begin where the index says."""
+    def _checked(self, number: int, data: NDArray[np.uint8]) -> U16:
+        """Its 16-bit words. Raises StoreError unless the shard's first and last sample begin where the index says."""
         header = np.frombuffer(codes_header(self.views, self.tokens), dtype=np.uint8)
         for place in (self._first_sample[number], self._first_sample[number + 1] - 1):
             offset = self._offset_N[place]
@@ -210,8 +254,12 @@ class Split:
                     f"the index says (byte {offset}). The shard is damaged or is another one. "
                     f"Run mvar verify {self._folder}, then tokenize again."
                 )
-        words = data[: len(data) // 2 * 2].view("<u2")
-        return np.lib.stride_tricks.sliding_window_view(words, self.tokens)
+        return data[: len(data) // 2 * 2].view("<u2")
+
+
+def _copy(to: int, source: int, count: int) -> None:
+    """Bytes from address to address. Other threads run meanwhile: the pages may have to come from a disk first."""
+    ctypes.memmove(to, source, count)
 
 
 def _map(path: Path, size: int) -> NDArray[np.uint8]:

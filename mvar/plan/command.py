@@ -21,13 +21,13 @@ from mvar.files.disk import write_text
 from mvar.plan import draw
 from mvar.plan.gpus import GPUS, Gpu, find_gpu
 from mvar.plan.study import Assumptions, Study
-from mvar.settings import load
+from mvar.settings import PathOrUrl, load
 
 
 class PlannedData(DataConfig):
     """A store that need not be there."""
 
-    store: str = Field("", description="folder of the code store; default: as many images as ImageNet has")
+    store: PathOrUrl = Field("", description="folder of the code store; default: as many images as ImageNet has")
 
 
 class PlannedConfig(TrainConfig):

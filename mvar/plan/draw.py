@@ -79,14 +79,25 @@ def table(study: Study) -> str:
         f" conditioning {work['conditioning'] / work['forward_per_image']:.2%} of it,"
         f" attention {work['attention'] / work['forward_per_image']:.1%}, scan"
         f" {work['scan'] / work['forward_per_image']:.1%}",
-        f"time      {time['steps']:,} steps of {time['step_s']:.2f} s, {time['images_seen']:,} images:"
-        f" {time['gpu_days']:,.0f} GPU-days, {time['days']:,.1f} days on {study.assumed.world} GPUs",
+        f"time      arithmetic alone: {time['steps']:,} steps of {time['step_s']:.2f} s,"
+        f" {time['images_seen']:,} images: {time['gpu_days']:,.0f} GPU-days, {time['days']:,.1f} days on"
+        f" {study.assumed.world} GPUs",
+        *_not_counted(sent["on_the_wire"]),
         f"saving    {saved['bytes'] / 1e9:,.1f} GB a checkpoint, {saved['write_s']:,.0f} s at"
         f" {study.assumed.disk_bytes_s / 1e9:g} GB/s if training waits; with a failure every"
         f" {study.assumed.mtbf_s / 3600:g} h save every {saved['best_interval_s'] / 60:,.0f} minutes"
         f" (checkpoint.every_steps={saved['best_interval_steps']}): {saved['time_lost']:.1%} of the time lost",
     ]
     return "\n".join(lines)
+
+
+def _not_counted(sent: int) -> list[str]:
+    if not sent:
+        return []
+    return [
+        f"          the {gib(sent)} GiB sent in a step are not counted: what of them does not travel during the",
+        "          arithmetic makes every step longer",
+    ]
 
 
 def picture(study: Study, path: Path) -> None:

@@ -144,6 +144,7 @@ class Study:
 
     @property
     def step_s(self) -> float:
+        """Seconds of arithmetic in a step. Messages take no time in it."""
         work = flops(self.sizes).training * self.split.global_batch
         return work / (self.assumed.world * self.assumed.gpu.bf16_tflops * 1e12 * self.assumed.mfu)
 
@@ -215,6 +216,7 @@ class Study:
                 "steps": plan.last_step,
                 "images_seen": seen,
                 "step_s": self.step_s,
+                "counts_messages": False,
                 "gpu_days": days,
                 "days": days / self.assumed.world,
             },

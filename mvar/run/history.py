@@ -7,8 +7,11 @@ One JSON object a line, all with `event` and `time` (Unix seconds):
                last_sign (when the process before last wrote a measurement: the end of a killed one)
     going_on   step: the checkpoint was taken up (0: the run began)
     end        code, step, reason: the process ended by itself
+    spike      step, reason, worst_samples (those of highest loss): a loss or gradient far above the usual
+    skipped    step, reason, bad_samples (those whose loss was not finite): no update was made
+    went_back  first, last (the bad steps), step (where training went on), samples (images that were left out)
 
-A start without an end was killed. Needs neither torch nor Slurm.
+A step that a restart does again may be noted again. A start without an end was killed. Needs neither torch nor Slurm.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,25 @@ from mvar.files import json_lines
 from mvar.log import log
 
 NAME = "history.jsonl"
+
+
+TROUBLES = ("spike", "skipped", "went_back")
+NAMED = 64
+"""Samples that a record of trouble names, at most."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A bad step, or what was done about several."""
+
+    event: str
+    time: float
+    """Unix seconds."""
+    step: int
+    """Steps done."""
+    reason: str
+    samples: tuple[int, ...] = ()
+    """Numbers in the train split."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,28 @@ class History:
 
     def end(self, code: int, step: int | None, reason: str) -> None:
         self._write("end", code=code, step=step, reason=reason)
+
+    def spike(self, step: int, reason: str, worst: Sequence[int]) -> None:
+        self._write("spike", step=step, reason=reason, worst_samples=list(worst))
+
+    def skipped(self, step: int, reason: str, bad: Sequence[int]) -> None:
+        self._write("skipped", step=step, reason=reason, bad_samples=list(bad[:NAMED]))
+
+    def went_back(self, first: int, last: int, step: int, samples: int) -> None:
+        self._write("went_back", first=first, last=last, step=step, samples=samples)
+
+    def troubles(self) -> list[Trouble]:
+        """All bad steps that are known of, oldest first, also those that were undone."""
+        found = []
+        for event in json_lines.read(self.path):
+            kind = event.get("event")
+            if kind in TROUBLES:
+                reason = event.get("reason") or (
+                    f"steps {event['first']} to {event['last']} were bad; {event['samples']:,} images are left out"
+                )
+                named = event.get("worst_samples") or event.get("bad_samples") or ()
+                found.append(Trouble(str(kind), event["time"], event["step"], reason, tuple(named)))
+        return found
 
     def _write(self, event: str, **values: Any) -> None:
         if not self._writes:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -164,32 +165,62 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """One run on wandb over all restarts: its id is kept in the run folder."""
+STITCHES_OFFLINE = (0, 31)
+"""The first wandb whose offline segments know that they go on with a run: of older ones each upload replaces the one
+before."""
+STEP = "step"
+"""The axis of optimizer steps."""
+OLD_MODES = {"dryrun": "offline", "run": "online"}
 
-    def __init__(self, folder: Path, config: TrackingConfig, settings: Mapping[str, Any]) -> None:
+
+def wandb_mode(asked: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """How wandb is to work: as `asked` (the key of the configuration), else as WANDB_MODE says; None: nobody says."""
+    said = environ.get("WANDB_MODE", "").strip().lower()
+    said = OLD_MODES.get(said, said)
+    if asked is not None and said and said != asked:
+        log.warning("wandb: tracking.wandb=%s is taken, and not WANDB_MODE=%s. Unset one of them.", asked, said)
+    return asked or said or None
+
+
+class WeightsAndBiases:
+    """One run on wandb over all restarts: its id is kept in the run folder.
+
+    wandb's own step only ever rises: what comes with a lower one, as after a rollback, is dropped. So it counts the
+    calls, and ours is an axis of its own, against which everything is drawn.
+    """
+
+    def __init__(self, folder: Path, config: TrackingConfig, settings: Mapping[str, Any], mode: str) -> None:
         import wandb
 
         kept = folder / "wandb-id"
         if not kept.is_file():
             write_text(kept, uuid.uuid4().hex[:12])
+        elif mode == "offline" and tuple(map(int, re.findall(r"\d+", wandb.__version__)[:2])) < STITCHES_OFFLINE:
+            log.warning(
+                "wandb %s: the offline segments of a run that was resumed replace each other when they are synced."
+                " Install wandb %s or newer.",
+                *(wandb.__version__, ".".join(map(str, STITCHES_OFFLINE))),
+            )
         self._wandb, self._folder, self._every = wandb, folder, config.log_every
         self._run = wandb.init(
             project=config.wandb_project,
             name=folder.name,
             id=kept.read_text(encoding="utf-8").strip(),
             resume="allow",
-            mode=config.wandb,
+            mode=mode,  # type: ignore[arg-type]  # wandb says itself what it does not know
             dir=str(folder),
             config=dict(settings),
             settings=wandb.Settings(silent=True, console="off"),
         )
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
 
     def write(self, record: JsonRecord) -> None:
         if _wanted(record, self._every):
-            self._run.log(flat(record), step=record["step"])
+            self._run.log(flat(record) | {STEP: record["step"]})
         if record["kind"] == "sample":
-            self._run.log({"samples": self._wandb.Image(str(self._folder / record["file"]))}, step=record["step"])
+            picture = self._wandb.Image(str(self._folder / record["file"]))
+            self._run.log({"samples": picture, STEP: record["step"]})
 
     def close(self) -> None:
         self._run.finish()
@@ -266,8 +297,9 @@ class Tracker:
             return
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
         self._sinks = [self._lines, Console(lines)]
-        if config.wandb != "disabled":
-            self._sinks.append(Guarded("wandb", lambda: WeightsAndBiases(folder, config, settings)))
+        mode = wandb_mode(config.wandb) or "offline"
+        if mode != "disabled":
+            self._sinks.append(Guarded("wandb", lambda: WeightsAndBiases(folder, config, settings, mode)))
         if config.tensorboard:
             make = lambda: TensorBoard(folder / "tensorboard", config.log_every, resumed_step)  # noqa: E731
             self._sinks.append(Guarded("TensorBoard", make))

@@ -109,6 +109,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_to_main(self, value: T) -> list[T] | None:
+        """Everybody's object, in the order of ranks, for rank 0; None for the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
     def share(self, value: T) -> T:
         """Rank 0's object for everybody."""
         if self.size == 1:

@@ -128,6 +128,9 @@ class Engine:
         self._last: tuple[Tensor, NDArray[np.int64]] | None = None
         """Losses and samples of this rank's step that was told of last."""
         self.skipped_steps = 0
+        self._has_average = config.optim.ema_decay > 0
+        self._ema_updates: int | None = 0
+        """None: an average from before it warmed up."""
 
     def _initialize(self, tree: ds_config.Tree) -> tuple[Any, torch.optim.Optimizer]:
         import deepspeed
@@ -199,8 +202,8 @@ class Engine:
         grad_norm, applied = self._update()
         if applied:
             self._publish_decays()
-        if applied and self.config.optim.ema_decay:
-            self.partition.average(self.config.optim.ema_decay)
+        if applied and self._has_average:
+            self._average()
         self.skipped_steps += not applied
         loss_BS = torch.cat([losses.loss_BS for losses in found])
         return LaunchedStep(
@@ -213,6 +216,16 @@ class Engine:
             indices_B=np.concatenate([batch.indices_B for batch in batches]),
             numbers=self._sum(loss_BS, torch.cat([losses.correct_BS for losses in found]), votes, grad_norm),
         )
+
+    def _average(self) -> None:
+        """Move the average of the weights, which is young at first: it would remember where it began for 1/(1 - decay)
+        steps."""
+        decay = self.config.optim.ema_decay
+        if self._ema_updates is not None:
+            if self.config.optim.ema_warmup:
+                decay = min(decay, (1 + self._ema_updates) / (10 + self._ema_updates))
+            self._ema_updates += 1
+        self.partition.average(decay)
 
     def _set_rates(self, step: int) -> tuple[float, float]:
         lr, weight_decay = self.plan.lr(step), self.plan.decay(step)
@@ -343,18 +356,21 @@ class Engine:
             skipped_steps=self.skipped_steps,
             loss_scaler=scaler,
             stretches=self.plan.phases,
+            ema_updates=self._ema_updates if self._has_average else None,
         )
 
-    def restore(self, folder: Path) -> int:
-        """Take up weights, moments and loss scale; returns the number of steps done."""
-        progress = restore(folder, self.partition, self.world)
+    def restore(self, folder: Path) -> Progress:
+        """Take up weights, moments and loss scale; tells where that was."""
+        record = restore(folder, self.partition, self.world)
+        progress = record.progress
+        self._ema_updates = progress.ema_updates if EMA in record.kinds else 0
         self._publish_decays()
         self.skipped_steps = progress.skipped_steps
         if self._scaler is not None and progress.loss_scaler is not None:
             for key in _SCALER_STATE & progress.loss_scaler.keys():
                 kind = type(getattr(self._scaler, key))
                 setattr(self._scaler, key, kind(progress.loss_scaler[key]))
-        return progress.step
+        return progress
 
 
 _SCALER_STATE = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}

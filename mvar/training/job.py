@@ -7,18 +7,23 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from mvar import ds_config
 from mvar.checkpoint.record import Identity, Progress
-from mvar.config import ModelConfig, TrainConfig
+from mvar.checkpoint.saver import available_memory
+from mvar.config import ModelConfig, ReaderKind, TrainConfig
 from mvar.data.manifest import MANIFEST
 from mvar.data.store import CodeStore
 from mvar.data.stream import TrainStream
 from mvar.ds_config import BatchSplit
 from mvar.errors import ConfigError, TokenizerError
 from mvar.files.disk import sha256_of
+from mvar.log import log
 from mvar.plan.room import require_room
+from mvar.run.shared_memory import shared_array
+from mvar.run.world import World
 from mvar.schedule import BatchPhase, Plan
 from mvar.version import __version__
 
@@ -48,7 +53,9 @@ def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> TrainingJob
     """
     split = BatchSplit.of(config.global_batch, ranks, config.engine.micro_batch)
     tree = ds_config.resolve(config, split)
-    store = CodeStore.open(config.data.store, reader=config.data.reader, stage=config.data.stage)
+    # What is read into memory is read once a machine, by `hold_codes`.
+    reader: ReaderKind = "mmap" if config.data.reader == "ram" else config.data.reader
+    store = CodeStore.open(config.data.store, reader=reader, stage=config.data.stage)
     store.require_geometry(config.model.patch_nums, config.model.vocab_size, config.model.latent_channels)
     labelled = len(store.manifest.classes)
     classes = config.model.num_classes or labelled
@@ -73,6 +80,22 @@ def prepare(config: TrainConfig, ranks: int, ranks_here: int = 1) -> TrainingJob
         split=split,
         stream=TrainStream(store.split("train"), config.seed, config.global_batch),
     )
+
+
+def hold_codes(job: TrainingJob, world: World) -> None:
+    """With data.reader=ram: have all codes in memory, once for all ranks of a machine. All ranks together.
+
+    Where that cannot be, codes are read from the files as they are asked for. Raises StoreError.
+    """
+    if job.config.data.reader != "ram":
+        return
+    for name in ("train", "val"):
+        split = job.store.split(name)
+        codes, problem = shared_array(world, split.shape, np.uint16, split.fill, available_memory())
+        if codes is not None:
+            split.hold(codes)
+        else:
+            log.warning("data.reader=ram: %s. The %s split is read from its files instead.", problem, name)
 
 
 def check_tokenizer(config: TrainConfig, store: CodeStore, asked_by: str) -> None:

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections import deque
 
+from mvar.checkpoint.record import KnownSteps
 from mvar.training.engine import StepResult
 
 WINDOW, KNOWN = 128, 32
@@ -29,13 +30,19 @@ class DivergedError(Exception):
 
 
 class Stability:
-    """Judges the steps of one stretch of training."""
+    """Judges the steps of one stretch of training. `known`: what is known of the steps before it."""
 
-    def __init__(self, max_bad_steps: int, spike_sigmas: float) -> None:
+    def __init__(self, max_bad_steps: int, spike_sigmas: float, known: KnownSteps | None = None) -> None:
         self._limit, self._sigmas = max_bad_steps, spike_sigmas
-        self._bad_in_a_row = 0
-        self._scales = 0
-        self._usual: dict[str, deque[float]] = {"loss": deque(maxlen=WINDOW), "gradient norm": deque(maxlen=WINDOW)}
+        known = known or KnownSteps((), (), 0, 0)
+        self._bad_in_a_row, self._scales = known.bad_in_a_row, known.scales
+        before = {"loss": known.loss, "gradient norm": known.grad_norm}
+        self._usual = {name: deque(values, maxlen=WINDOW) for name, values in before.items()}
+
+    def known(self) -> KnownSteps:
+        """What a checkpoint keeps, so that whoever resumes judges as if nothing had been."""
+        loss, norm = (tuple(filter(math.isfinite, values)) for values in self._usual.values())
+        return KnownSteps(loss, norm, self._scales, self._bad_in_a_row)
 
     def judge(self, step: int, result: StepResult) -> str | None:
         """Why step `step` (0-based) was bad, or None. Raises DivergedError after `max_bad_steps` in a row."""

@@ -27,6 +27,7 @@ from mvar.checkpoint.choosing import verify
 from mvar.checkpoint.record import CheckpointRecord
 from mvar.run.history import History
 from mvar.run.names import folder_of, steps_in
+from mvar.status import status_of
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import REPOSITORY, Ranks, command
 from mvar.testing.tiny_runs import losses, records, wait_for_step, write_config
@@ -187,6 +188,11 @@ def test_a_run_that_diverges_goes_back_and_skips_the_data_that_did_it(tmp_path: 
     assert all(len(r["bad_samples"]) == 4 for r in train if r["skipped"])
     assert [r["step"] for r in records(run, "resume")] == [0, 8]
     assert (run / "checkpoints" / "step-000000012.diverged").is_dir()
+    found = status_of(run).troubles  # metrics.jsonl was cut back to step 8; the third bad step has its record, too.
+    bad = [(t.event, t.step, len(t.samples)) for t in found]
+    assert bad[:4] == [("skipped", 11, 4), ("skipped", 12, 4), ("skipped", 13, 4), ("went_back", 8, 0)]
+    assert bad[4:] == [("skipped", 9, 4), ("skipped", 10, 4)]
+    assert "steps 10 to 12 were bad; 40 images are left out" in found[3].reason
     assert json.loads((run / "FINISHED").read_text()) == {"step": 20, "samples": 200}
 
 
@@ -195,6 +201,8 @@ def test_a_run_that_cannot_be_helped_ends_with_the_reason(tmp_path: Path, store:
     job = start("poisoned", tmp_path, config, 2, environ={"POISON": "all"})
     assert job.wait() == [2, 2], job.output()
     assert "loss or gradient is not finite, 3 steps in a row (engine.max_bad_steps), after going back 1" in job.output()
+    assert "history.jsonl names the samples" in job.output()
+    assert all(len(t.samples) == 4 for t in status_of(tmp_path / "run").troubles if t.event == "skipped")
     assert steps_in(tmp_path / "run" / "checkpoints") == [7]
 
 

@@ -8,6 +8,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from mvar.cli import main as mvar
 from mvar.run.launcher import Place
 from mvar.run.names import folder_of, steps_in
 from mvar.run.world import World
+from mvar.status import status_of
 from mvar.testing.code_stores import make_store
-from mvar.testing.ranks import Ranks
+from mvar.testing.ranks import Ranks, command
 from mvar.testing.tiny_runs import losses, records, template, wait_for_step, write_config
 
 STEPS = 25
@@ -155,6 +157,61 @@ def test_a_moving_average_may_begin_and_end_on_the_way(tmp_path: Path, store: Pa
         out = ["--step", str(step), "--ema", "--out", str(tmp_path / "drawn"), "--device", "cpu"]
         assert mvar(["sample", *drawing, *out]) == code
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 3
+
+
+def test_a_young_average_has_a_short_memory_also_over_a_restart(tmp_path: Path, store: Path) -> None:
+    """One that an older mvar began goes on as it was."""
+    decay, every = 0.99, ("checkpoint.every_steps=1", "checkpoint.keep_last=9", "tracking.validate_every=0")
+    config = write_config(tmp_path, store, "run", optim__ema_decay=decay)
+    for until in (3, 5):
+        finish(tmp_path, config, 1, f"max_steps={until}", *every)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    record = CheckpointReader(folder_of(checkpoints, 5)).record
+    assert record.progress.ema_updates == 5
+    old = record.model_copy(update={"progress": replace(record.progress, ema_updates=None)})
+    (folder_of(checkpoints, 5) / "checkpoint.json").write_text(old.text())
+    finish(tmp_path, config, 1, "max_steps=6", *every)
+    saved = {step: CheckpointReader(folder_of(checkpoints, step)) for step in range(1, 7)}
+
+    def read(step: int, kind: str) -> torch.Tensor:
+        return saved[step].read("head.weight", kind, 0, 64)
+
+    for step in range(2, 7):
+        expected = decay if step == 6 else step / (9 + step)  # Its n-th update: (1 + n - 1) / (10 + n - 1).
+        average = expected * read(step - 1, "ema") + (1 - expected) * read(step, "weight")
+        torch.testing.assert_close(read(step, "ema"), average, rtol=1e-5, atol=1e-7)
+    finish(tmp_path, write_config(tmp_path, store, "off", optim__ema_decay=decay, optim__ema_warmup=False), 1, *every)
+    saved = {step: CheckpointReader(folder_of(tmp_path / "off" / "checkpoints", step)) for step in (24, 25)}
+    average = decay * read(24, "ema") + (1 - decay) * read(25, "weight")
+    torch.testing.assert_close(read(25, "ema"), average, rtol=1e-5, atol=1e-7)
+
+
+def test_a_spike_right_after_a_restart_is_seen(tmp_path: Path, store: Path) -> None:
+    """The steps that are usual come with the checkpoint."""
+    config = write_config(tmp_path, store, "run", epochs=8, engine__spike_sigmas=20)  # 50 steps.
+    finish(tmp_path, config, 1, "max_steps=42")
+    where = f"{__name__}:spiking"
+    job = Ranks(where, [["--config", str(config)]], 1, tmp_path / "spiking")
+    assert job.wait() == [0], job.output()
+    spikes = [(record["step"], record["reason"][:4]) for record in records(tmp_path / "run", "spike")]
+    assert spikes == [(44, "loss")]
+    assert [(trouble.event, trouble.step) for trouble in status_of(tmp_path / "run").troubles] == [("spike", 44)]
+
+
+def spiking(argv: list[str]) -> int:
+    """What is told of step 44's loss is 100 times what it was."""
+    from mvar.training.engine import Engine
+
+    original: Any = Engine.result
+
+    def result(self: Engine, launched: Any) -> Any:
+        found = original(self, launched)
+        if self.plan.lr(43) == launched.lr:
+            found = replace(found, averages=replace(found.averages, loss=100 * found.averages.loss))
+        return found
+
+    Engine.result = result  # type: ignore[method-assign]
+    return command("mvar.train", argv)
 
 
 def test_a_deliberate_change_of_the_global_batch_keeps_the_place_in_data_and_schedule(

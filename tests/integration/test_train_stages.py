@@ -74,7 +74,7 @@ def train_stages(world: World, trees: dict[str, dict[str, Any]], folder: str) ->
         for label, source in (("same", stage), ("other", OTHER[stage])):
             engine, job = build(world, tree)
             saved = folder_of(Path(folder) / f"stage{source}", SAVED_AT)
-            assert engine.restore(saved) == SAVED_AT
+            assert engine.restore(saved).step == SAVED_AT
             save(
                 Path(folder) / f"stage{stage}-from-{label}",
                 engine.partition,

@@ -102,3 +102,17 @@ def test_a_new_scale_gains_weight_over_its_ramp() -> None:
     assert weights[0] == 1.0 and weights[1] < 0.2 and weights[9] == 1.0  # From step 11 to 19.
     assert weights[1:10] == sorted(weights[1:10])
     assert made.curriculum_at(60).newest_weight == 1.0
+
+
+@pytest.mark.parametrize("kind", ["lin0", "lin00", "lin", "cos", "exp", "lin0.3"])
+@pytest.mark.parametrize(("batch", "step", "samples"), [(200, 15, 1500), (300, 15, 1500), (64, 7, 700), (100, 7, 1950)])
+def test_no_last_step_goes_beyond_the_end_of_the_schedule(kind: str, batch: int, step: int, samples: int) -> None:
+    """Another batch, or images that a rollback skipped, leave steps between those of the schedule."""
+    optim = {"schedule": kind, "final_lr": 0.0, "base_lr": 1e-4, "weight_decay": 0.0, "weight_decay_end": 0.1}
+    tree = {"run": "r", "data": {"store": "s"}, "epochs": 2, "global_batch": batch, "optim": optim}
+    phases = (BatchPhase(0, 0, 100), BatchPhase(step, samples, batch))
+    changed = Plan.of(TrainConfig.model_validate(tree), 1000, phases)
+    rates = [changed.lr(number) for number in range(step, changed.last_step)]
+    decays = [changed.decay(number) for number in range(step, changed.last_step)]
+    assert rates and min(rates) >= 0 and rates[-1] == min(rates) and rates == sorted(rates, reverse=True)
+    assert decays == sorted(decays) and decays[-1] <= 0.1

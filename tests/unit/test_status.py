@@ -221,3 +221,35 @@ def test_no_torch_is_needed() -> None:
     probe = "import sys, mvar.status; print([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_troubles_outlive_the_rollback_that_undid_them(life: Life) -> None:
+    life.start(2, 0)
+    life.steps(20)
+    life.history.spike(18, "loss 9, usually 6 +- 0.1", [40, 7, 12])
+    life.history.skipped(19, "loss or gradient is not finite", list(range(100)))
+    life.history.skipped(20, "loss or gradient is not finite", [])
+    life.history.went_back(17, 19, 10, 80)
+    life.lines = JsonLines(life.run / "metrics.jsonl", 10)  # As a rollback does: cut back to its checkpoint.
+    life.history.end(0, 30, "finished")
+    found = status_of(life.run, life.now)
+    assert [(t.event, t.step) for t in found.troubles] == [
+        ("spike", 18),
+        ("skipped", 19),
+        ("skipped", 20),
+        ("went_back", 10),
+    ]
+    assert found.troubles[1].samples == tuple(range(64))
+    assert found.periods[0].start.begin_step == 0 and found.periods[0].why == "finished (exit code 0)"
+    text = show(found)
+    assert "trouble     1 spikes, 2 steps skipped, 1 times gone back" in text
+    assert "spike step 18: loss 9, usually 6 +- 0.1; samples 40 7 12" in text
+    assert "skipped step 19: loss or gradient is not finite; samples 0 1 2 3 4 5 6 7, ..." in text
+    assert "went back to step 10: steps 17 to 19 were bad; 80 images are left out" in text
+    assert json.loads(json.dumps(status.to_json(found)))["troubles"][0]["samples"] == [40, 7, 12]
+
+
+def test_a_run_without_trouble_has_no_line_of_it(life: Life) -> None:
+    life.start(1, 0)
+    life.steps(3)
+    assert "\ntrouble" not in show(status_of(life.run, life.now))

@@ -11,7 +11,7 @@ from mvar.config import DeviceChoice, WandbMode
 from mvar.errors import MvarError
 from mvar.images.pixels import GreyBits, Orientation, Rules
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
-from mvar.settings import Fraction, Section, flat
+from mvar.settings import Fraction, PathOrUrl, Section, flat
 
 SMALLEST_SEEN = 16
 """Pixels of a side that VGG-16's four halvings leave one of."""
@@ -96,7 +96,9 @@ class LossConfig(Section):
 class TokenizerTrainConfig(Section):
     """Everything `mvar train-tokenizer` can be told."""
 
-    images: str = Field(description="class folders (or train/ and val/ with them), a list, or tars, as for tokenizing")
+    images: PathOrUrl = Field(
+        description="class folders (or train/ and val/ with them), a list, or tars, as for tokenizing"
+    )
     images_cache: Path | None = Field(None, description="folder that tars behind a URL are copied into")
     out: Path = Field(description="folder for tokenizer.safetensors and its training; the same command resumes")
     geometry: GeometryConfig = Field(default_factory=lambda: GeometryConfig())
@@ -132,7 +134,7 @@ class TokenizerTrainConfig(Section):
     validate_every: NonNegativeInt = Field(500, description="steps between measurements of quality; 0: only at the end")
     save_every: PositiveInt = Field(200, description="steps between two saved states")
     grid_images: PositiveInt = Field(32, description="pictures in the reconstruction grid")
-    wandb: WandbMode = Field("disabled", description="Weights & Biases")
+    wandb: WandbMode | None = Field(None, description="Weights & Biases; default: what WANDB_MODE says, else disabled")
     wandb_project: str = Field("mvar-tokenizer", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="write TensorBoard events into the out folder")
     stop_before_end_s: NonNegativeFloat = Field(180, description="save and stop so long before Slurm's time limit")

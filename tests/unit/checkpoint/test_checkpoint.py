@@ -18,9 +18,10 @@ from torch import Tensor
 from mvar.checkpoint import saving
 from mvar.checkpoint.choosing import choose, retain, verify
 from mvar.checkpoint.loading import CheckpointReader
+from mvar.checkpoint.ownership import numbers_of, ownership_of
 from mvar.checkpoint.partition import KINDS, Piece
 from mvar.checkpoint.record import FORMAT_VERSION, CheckpointRecord, Identity, Progress, differences, key_of
-from mvar.checkpoint.saving import Part, save
+from mvar.checkpoint.saving import save
 from mvar.checkpoint.tensors import write_tensors
 from mvar.checkpoint.weights import load_weights
 from mvar.config import ModelConfig, TrainConfig
@@ -91,19 +92,18 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
 
 
 def test_pieces_of_many_ranks_are_read_across_their_borders(tmp_path: Path) -> None:
-    parts = []
+    parts, files = [], {}
     for rank in range(4):
         partition = HandMade(values(7), rank, 4)
         layout = [(key_of(piece.name, kind), (piece.count,)) for piece, kind in partition.layout()]
         name = f"rank-{rank:05d}.safetensors"
         with synced(tmp_path / name) as file:
             record = write_tensors(file, layout, (v for *_, v in partition.blocks()), {})
-        parts.append(Part(name, record, partition.owned))
+        parts.append(numbers_of(partition.owned, list(SHAPES)))
+        files[name] = record
     one: Any = HandMade(values(7))
     template = CheckpointRecord.read(save(tmp_path / "one", one, ALONE, Progress(1), identity()))
-    many = template.model_copy(
-        update={"pieces": saving._merge(parts), "files": {part.file: part.record for part in parts}}
-    )
+    many = template.model_copy(update={"ownership": ownership_of(parts, SHAPES), "files": files})
     (tmp_path / "checkpoint.json").write_text(many.text())
     verify(tmp_path)
     reader = CheckpointReader(tmp_path)
@@ -226,6 +226,36 @@ def test_only_the_newest_are_kept_and_never_only_damaged_ones(tmp_path: Path) ->
     retain(tmp_path, last=2)
     assert steps_in(tmp_path) == [3, 4, 5]
     assert not list(tmp_path.glob(".trash-*"))
+
+
+def test_of_checkpoints_that_were_set_aside_the_newest_of_each_kind_is_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        saved(tmp_path, step)
+    aside = ["3.damaged", "3.damaged-1", "9.damaged", "7.diverged", "8.diverged", "7.diverged-1", "7.diverged-2"]
+    for age, name in enumerate(aside):
+        step, why = name.split(".")
+        folder = tmp_path / f"step-{int(step):09d}.{why}"
+        folder.mkdir()
+        (folder / "checkpoint.json").write_text("{}")
+        os.utime(folder, (1_000_000 - age, 1_000_000 - age))
+    (tmp_path / "step-000000007.diverged.mine").mkdir()  # A user's own.
+    retain(tmp_path, last=2)
+    assert steps_in(tmp_path) == [4, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000003.damaged",
+        "step-000000004",
+        "step-000000005",
+        "step-000000007.diverged",
+        "step-000000007.diverged.mine",
+    ]
+
+
+def test_set_aside_in_one_moment_the_later_step_counts_as_newer(tmp_path: Path) -> None:
+    for name in ("step-000000007.diverged", "step-000000009.diverged", "step-000000009.diverged-10"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1_000_000, 1_000_000))
+    retain(tmp_path, last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000009.diverged-10"]
 
 
 def test_every_nth_and_the_best_validated_are_kept_besides(tmp_path: Path) -> None:

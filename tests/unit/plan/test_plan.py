@@ -37,6 +37,17 @@ def test_a_plan_without_a_store_is_complete(tmp_path: Path, capsys: pytest.Captu
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plan_says_that_messages_take_no_time_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ["plan", "--config", str(RECIPES / "d32.yaml"), "--json", str(path)]
+    assert main([*arguments, "--nodes", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "time      arithmetic alone: " in said and " GiB sent in a step are not counted" in said
+    assert json.loads(path.read_text())["time"]["counts_messages"] is False
+    assert main([*arguments, "--gpus", "1", "global_batch=8"]) == 0
+    assert "not counted" not in capsys.readouterr().out  # Alone, nothing is sent.
+
+
 def test_a_plan_takes_images_and_classes_from_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path, make_store(tmp_path / "store"))
     assert main(["plan", "--config", str(path), "--gpus", "2"]) == 0

@@ -150,3 +150,16 @@ def test_torch_runs_adamw_unless_moments_are_offloaded() -> None:
     optimizer = make_optimizer(groups, OptimConfig(), 1e-3, {})
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_apex_is_refused_where_its_steps_are_counted_once_a_sub_group(tmp_path: Path, stage: int) -> None:
+    path = write(tmp_path, zero_optimization={"stage": stage})
+    config = train_config(path, optim__impl="apex", engine__precision="bf16_autocast")
+    if stage < 3:
+        resolve(config, SPLIT)
+        return
+    with pytest.raises(
+        ConfigError, match=r"optim\.impl apex with ZeRO stage 3 \(.*template\.json\).*optim\.impl=torch"
+    ):
+        resolve(config, SPLIT)

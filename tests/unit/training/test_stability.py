@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+from pydantic import TypeAdapter
 
+from mvar.checkpoint.record import KnownSteps, Progress
+from mvar.config import TrainConfig
 from mvar.run.loop import Votes
+from mvar.schedule import BatchPhase
 from mvar.training.engine import Averages, StepResult
-from mvar.training.stability import KNOWN, DivergedError, Stability
+from mvar.training.stability import KNOWN, WINDOW, DivergedError, Stability
+from mvar.training.starting import known_steps
 
 
 def step(loss: float = 6.0, norm: float | None = 1.0, *, skipped: bool = False, **changes: object) -> StepResult:
@@ -52,3 +57,45 @@ def test_fp16_looking_for_its_loss_scale_is_not_bad() -> None:
     assert watch.judge(0, step(norm=None, skipped=True, loss_scale=65536.0)) is None
     with pytest.raises(DivergedError):
         watch.judge(1, step(norm=None, skipped=True, loss_scale=65536.0, bad_samples=[3]))
+
+
+def through_a_checkpoint(known: KnownSteps) -> KnownSteps:
+    progress = TypeAdapter(Progress).validate_json(TypeAdapter(Progress).dump_json(Progress(40, known_steps=known)))
+    assert progress.known_steps is not None
+    return progress.known_steps
+
+
+def test_whoever_resumes_knows_the_steps_before_and_sees_a_spike_at_once() -> None:
+    watch = Stability(10, 20)
+    for number in range(2 * WINDOW):
+        assert watch.judge(number, step(6 + math.sin(number) / 70, 1 + math.cos(number) / 7)) is None
+    resumed = Stability(10, 20, through_a_checkpoint(watch.known()))
+    assert resumed.known() == watch.known()
+    assert resumed.judge(300, step(loss=9)) == watch.judge(300, step(loss=9)) != None  # noqa: E711
+    assert resumed.judge(301, step(norm=40)) == watch.judge(301, step(norm=40)) != None  # noqa: E711
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_resume() -> None:
+    watch = Stability(3, 20)
+    watch.judge(5, step(norm=None, skipped=True))
+    watch.judge(6, step(norm=None, skipped=True))
+    resumed = Stability(3, 20, through_a_checkpoint(watch.known()))
+    with pytest.raises(DivergedError, match="steps 5 to 7"):
+        resumed.judge(7, step(norm=None, skipped=True))
+
+
+def test_what_is_known_can_always_be_written_down() -> None:
+    watch = Stability(10, 20)
+    watch.judge(0, step(loss=math.inf, norm=math.nan))
+    watch.judge(1, step())
+    assert through_a_checkpoint(watch.known()).loss == (6.0,)
+
+
+def test_another_global_batch_and_older_checkpoints_begin_anew() -> None:
+    known = KnownSteps((6.0,), (1.0,), 1, 0)
+    config = TrainConfig.model_validate({"run": "r", "data": {"store": "s"}, "global_batch": 8})
+    phases = (BatchPhase(0, 0, 4), BatchPhase(10, 40, 8))
+    assert known_steps(Progress(12, stretches=phases, known_steps=known), config) == known
+    assert known_steps(Progress(9, stretches=phases[:1], known_steps=known), config) is None
+    assert known_steps(Progress(12, stretches=phases), config) is None
+    assert known_steps(Progress(), config) is None
