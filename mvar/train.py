@@ -49,6 +49,9 @@ from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
 from mvar.training.stability import DivergedError, Stability
 from mvar.training.starting import begin, beyond_help, choose_checkpoint, go_back
+from mvar.training.suspects import Suspects
+from mvar.training.trust import Trust, require_sound_machines
+from mvar.training.twice import require_repeatable
 
 WORST = 8
 """Samples that a spike's record names."""
@@ -59,6 +62,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
     run = RunFolder(config.run)
     with ExitStack() as stack:
         watchdog = stack.enter_context(open_watchdog(run, config, world))
+        world.together(lambda: require_repeatable(config, world.device))
         job = world.together(lambda: prepare(config, world.size, world.place.local_size))
         takeover_s = config.checkpoint.takeover_s
         ours = world.together(lambda: stack.enter_context(claim(run, takeover_s, world)))
@@ -75,6 +79,9 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         stops = stack.enter_context(StopRequests(run.stop_file, margin_s, looks=world.is_main))
         session = Session(run, world, watchdog, stops, ours, takeover_s)
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
+        suspects = Suspects(run.path, world)
+        require_sound_machines(config, world, suspects)
+        watchdog.feed("start")
         job, found = choose_checkpoint(run, job, world, change_batch=change_batch)
         watchdog.feed("start")
         objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
@@ -85,10 +92,11 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         watchdog.feed("start")
         announce(world, [*computing(engine.choices, world.device), *chosen(job, world)])
         history.going_on(done)
+        trust = Trust(engine, suspects)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
         for left in range(config.engine.max_rollbacks, -1, -1):
             try:
-                with training(session, job, engine, history, utilisation, done) as opened:
+                with training(session, job, engine, history, trust, utilisation, done) as opened:
                     return opened.loop(done)
             except DivergedError as bad:
                 world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
@@ -99,7 +107,13 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
 
 @contextmanager
 def training(
-    session: Session, job: TrainingJob, engine: Engine, history: History, utilisation: Utilisation | None, done: int
+    session: Session,
+    job: TrainingJob,
+    engine: Engine,
+    history: History,
+    trust: Trust,
+    utilisation: Utilisation | None,
+    done: int,
 ) -> Iterator[TransformerTraining]:
     """Open what is needed to train from `done` steps on, and close it again."""
     run, world, config = session.run, session.world, job.config
@@ -112,7 +126,7 @@ def training(
         world.raise_together(feed.error)
         saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
         tell([saver.chosen])
-        yield TransformerTraining(session, feed, job, engine, history, utilisation, tracker, saver)
+        yield TransformerTraining(session, feed, job, engine, history, trust, utilisation, tracker, saver)
 
 
 class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
@@ -127,16 +141,20 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
         job: TrainingJob,
         engine: Engine,
         history: History,
+        trust: Trust,
         utilisation: Utilisation | None,
         tracker: Tracker,
         saver: Saver,
     ) -> None:
         super().__init__(session, feed, tracker, job.plan.last_step, job.config.checkpoint.every_steps)
         self.job, self.engine, self.history, self.utilisation = job, engine, history, utilisation
-        self.saver = saver
+        self.trust, self.saver = trust, saver
+        self._batch: Batch | None = None
+        """The first that the last step learned from."""
         self.stability = Stability(job.config.engine.max_bad_steps, job.config.engine.spike_sigmas)
 
     def launch(self, done: int, batches: Sequence[Batch]) -> LaunchedStep:
+        self._batch = batches[0]
         return self.engine.launch(done, batches, self.session.votes(self.feed, written=self.saver.ended))
 
     def result(self, launched: LaunchedStep) -> StepResult:
@@ -156,6 +174,8 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             looks.add("val")
         if tracking.sample_every and (ending or due(done, tracking.sample_every)):
             looks.add("sample")
+        if due(done, self.job.config.trust.verify_every):
+            looks.add("verify")
         return looks
 
     def look(self, done: int, looks: set[str]) -> None:
@@ -163,8 +183,12 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             self.validate(done)
         if "sample" in looks:
             self.draw(done)
+        if "verify" in looks and self._batch is not None:
+            self.require_leisure()
+            self.trust.compute_twice(done, self._batch, self.tracker)
 
     def save(self, done: int, *, last: bool) -> None:
+        self.trust.require_agreement(done, self.settle)
         self.note(self.saver.save(self.engine.progress(done), last=last))
 
     def settle(self) -> None:
@@ -223,6 +247,7 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             step_s=step_s,
             wait_s=watch.waited_s,
             memory_gib=memory_gib(self.session.world.device),
+            **self.trust.keep_pace(done, result),
             **{name: value for name, value in optional.items() if value},
         )
 
