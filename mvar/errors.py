@@ -44,4 +44,4 @@ class BackendError(MvarError):
 
 
 class HardwareFaultError(Exception):
-    """A machine that computes wrong. Nobody's mistake, so no MvarError: exit code 1, and a chain of jobs starts again."""
+    """A machine that computes wrong: nobody's mistake, so no MvarError. Exit code 1: a chain of jobs starts again."""

@@ -75,6 +75,9 @@ class Blame:
     nodes: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
 
+    def __add__(self, other: Blame) -> Blame:
+        return Blame(tuple(sorted({*self.nodes, *other.nodes})), self.evidence + other.evidence)
+
 
 @dataclass(frozen=True)
 class Attempt:

@@ -1,7 +1,7 @@
 """What a machine is made to prove before it trains: that it multiplies, remembers and writes right, and how fast.
 
-Each rank tests its own device, the first rank of a machine also the disk and what the driver says of the GPUs. A machine
-that gave a wrong result is bad whatever the others say; one that is slow is so beside machines of its kind.
+Each rank tests its own device, the first rank of a machine also the disk and what the driver says of the GPUs. One that
+gave a wrong result is bad whatever the others say; one that is slow is so beside machines of its kind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """RUN/strikes.jsonl: machines that a training found wanting, with the evidence.
 
 One JSON object a line: time (Unix seconds), step (None: before the first), rank, node, device, what, evidence, and of
-Slurm job and restarts. `out`: proof that leaves the node out of the run at once; others count towards MVAR_NODE_STRIKES,
-once for each start of a job (see mvar.cluster.chain). Needs neither torch nor Slurm.
+Slurm job and restarts. `out`: proof that leaves the node out of the run at once; the others count towards
+MVAR_NODE_STRIKES, once for each start of a job (see mvar.cluster.chain). Needs neither torch nor Slurm.
 """
 
 from __future__ import annotations

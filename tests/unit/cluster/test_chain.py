@@ -17,8 +17,9 @@ from mvar.cluster.chain import (
     own_words,
     parse_begin,
 )
-from mvar.cluster.decisions import Blame
+from mvar.cluster.decisions import Blame, Limits
 from mvar.errors import ConfigError
+from mvar.run import strikes
 from mvar.run.history import History
 from tests.unit.cluster.test_decisions import JOB, KILLED, LIMITS, attempt, job
 
@@ -192,3 +193,52 @@ def test_arguments_of_a_training_job():
         parse_begin(["--dry-run", "run=a"])
     with pytest.raises(ConfigError, match="a chain would do it at each start"):
         parse_begin(["--config", "a.yaml", "run=a", "--from-scratch"])
+
+
+# ---- what the ranks themselves found
+
+
+def found_by_ranks(run, node, out=False, restarts=0):
+    environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": str(restarts)}
+    case = {"step": 4, "rank": 1, "device": "cuda:1", "what": "self-check" if out else "stays behind"}
+    strikes.note(run, node=node, evidence="2 rows are wrong", out=out, environ=environ, **case)
+
+
+def test_a_node_that_proved_to_be_bad_is_left_out_at_once_with_the_proof(tmp_path):
+    slurm = Calls()
+    started(tmp_path)
+    found_by_ranks(tmp_path, "n2", out=True)
+    assert end(JOB, slurm, LIMITS, tmp_path, 1) == 1
+    assert slurm.asked[-2:] == ["scontrol requeue 7_2", "scontrol update JobId=7_2 ExcNodeList=n2"]
+    assert Logs(tmp_path).excluded.read_text().startswith("n2  n2: rank 1 (cuda:1)")
+    assert "2 rows are wrong" in Logs(tmp_path).excluded.read_text()
+
+
+def test_what_counts_against_a_node_counts_once_for_each_start_also_where_nothing_failed(tmp_path):
+    for restarts in range(2):
+        assert Logs(tmp_path).avoided() == []
+        started(tmp_path, restarts)
+        for _ in range(3):
+            found_by_ranks(tmp_path, "n2", restarts=restarts)
+        assert end(job(restarts=restarts), Calls(), LIMITS, tmp_path, 75) == 0
+    assert Logs(tmp_path).avoided() == ["n2"]
+    assert [attempt.blamed for attempt in Logs(tmp_path).attempts()] == [("n2",), ("n2",)]
+    assert "stays behind" in Logs(tmp_path).excluded.read_text()
+
+
+def test_proof_against_all_nodes_at_once_and_of_other_starts_leaves_out_none(tmp_path):
+    started(tmp_path)
+    for node in ("n1", "n2"):
+        found_by_ranks(tmp_path, node, out=True)
+    found_by_ranks(tmp_path, "n9", out=True)
+    end(JOB, Calls(), LIMITS, tmp_path, 1)
+    started(tmp_path, 1)
+    end(job(restarts=1), Calls(), Limits(strikes=9), tmp_path, 1)
+    assert Logs(tmp_path).avoided() == []
+
+
+def test_proof_that_a_killed_start_left_is_heeded_by_the_next(tmp_path):
+    Logs(tmp_path).begin(JOB, 0)
+    found_by_ranks(tmp_path, "n2", out=True)
+    (closed,) = close_lost(Logs(tmp_path), Calls(), tmp_path, LIMITS)
+    assert closed.blamed == ("n2",) and Logs(tmp_path).avoided() == ["n2"]
