@@ -84,6 +84,13 @@ def try_rank(device: torch.device, folders: Sequence[Path], *, first_here: bool)
     return done
 
 
+def try_machine() -> list[Tested]:
+    """Every GPU that this process sees (without any, the CPU), and what the first rank would test."""
+    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    first, *others = gpus or [torch.device("cpu")]
+    return [*try_rank(first, [], first_here=True), *(t for gpu in others for t in try_rank(gpu, [], first_here=False))]
+
+
 def guarded(name: str, test: Callable[[], Tested]) -> Tested:
     """A test that cannot even be made is a problem, too."""
     try:
