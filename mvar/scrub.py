@@ -33,7 +33,7 @@ EXIT_DAMAGED = 1
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptFile:
     """A file, and what it must be like."""
 
     path: Path
@@ -85,7 +85,7 @@ def scrub(path: Path) -> Scrubbed:
     return Scrubbed(str(path), files, read, time.perf_counter() - began_s, damaged)
 
 
-def units(path: Path) -> Iterator[tuple[Path, list[Kept] | str]]:
+def units(path: Path) -> Iterator[tuple[Path, list[KeptFile] | str]]:
     """Folders that are complete or absent as a whole, with their files, or why these are not known."""
     if (path / MANIFEST).is_file():
         yield path, _of_store(path)
@@ -102,21 +102,23 @@ def units(path: Path) -> Iterator[tuple[Path, list[Kept] | str]]:
         )
 
 
-def _of_store(folder: Path) -> list[Kept] | str:
+def _of_store(folder: Path) -> list[KeptFile] | str:
     try:
         manifest = Manifest.read(folder)
     except MvarError as error:
         return str(error)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    return [Kept(folder / info.name, info.bytes, info.sha256) for info in (manifest.index, manifest.quantizer, *shards)]
+    return [
+        KeptFile(folder / info.name, info.bytes, info.sha256) for info in (manifest.index, manifest.quantizer, *shards)
+    ]
 
 
-def _of_checkpoint(folder: Path) -> list[Kept] | str:
+def _of_checkpoint(folder: Path) -> list[KeptFile] | str:
     try:
         record = CheckpointRecord.read(folder)
     except MvarError as error:
         return str(error)
-    return [Kept(folder / name, info.bytes, info.sha256) for name, info in sorted(record.files.items())]
+    return [KeptFile(folder / name, info.bytes, info.sha256) for name, info in sorted(record.files.items())]
 
 
 def forget(path: Path) -> None:

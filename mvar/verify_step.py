@@ -42,7 +42,7 @@ EXIT_DIFFERENT = 1
 
 
 @dataclass(frozen=True)
-class Asked:
+class Trial:
     """What is computed twice."""
 
     run: Path
@@ -54,7 +54,7 @@ class Asked:
     rounds: int
 
 
-def ask(run: Path, rounds: int, ranks: int) -> Asked:
+def ask(run: Path, rounds: int, ranks: int) -> Trial:
     """Raises MvarError."""
     config = load(TrainConfig, run / "config.yaml", [])
     checkpoints = run / "checkpoints"
@@ -66,10 +66,10 @@ def ask(run: Path, rounds: int, ranks: int) -> Asked:
     engine = config.engine.model_copy(update={"micro_batch": micro_batch})
     tracking = config.tracking.model_copy(update={"sample_every": 0})
     changed = {"engine": engine, "tracking": tracking, "global_batch": micro_batch * ranks}
-    return Asked(run, found, config.model_copy(update=changed), record.progress.samples, rounds)
+    return Trial(run, found, config.model_copy(update=changed), record.progress.samples, rounds)
 
 
-def verify_step(asked: Asked, world: World) -> int:
+def verify_step(asked: Trial, world: World) -> int:
     """All ranks together; returns the exit code."""
     suspects = Suspects(asked.run, world)
     job = world.together(lambda: prepare(asked.config, world.size, world.place.local_size))
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="micro-batches of each rank (3)")
     args = parser.parse_args(argv)
 
-    def prepare_asked() -> Asked:
+    def prepare_asked() -> Trial:
         if torch.cuda.is_available():
             make_deterministic(os.environ)
         return ask(args.run, max(1, args.rounds), detect(os.environ).size)

@@ -192,6 +192,15 @@ def seen_by_training(run: Path, job: str, restarts: int, nodes: Sequence[str]) -
     return Blame(tuple(sorted({strike.node for strike in own})), tuple(map(str, own))), proven
 
 
+def heed_others(logs: Logs, run: Path, attempts: Sequence[Attempt], limits: Limits) -> None:
+    """Leave out nodes by what others than this run's chains found since the last start, as `mvar verify-step` does."""
+    since, starts = max((a.time for a in attempts), default=0.0), {(a.job, a.restarts) for a in attempts}
+    found = [one for one in strike_file.read(run) if one.time > since and (one.job, one.restarts) not in starts]
+    exclude_proven(logs, {one.node: str(one) for one in found if one.out})
+    evidence = Blame(tuple({one.node for one in found}), tuple(map(str, found)))
+    exclude_repeaters(logs, run, attempts, limits, evidence)
+
+
 def exclude_proven(logs: Logs, proven: Mapping[str, str]) -> None:
     """Write nodes that are proven bad on the list."""
     for node, proof in proven.items():
@@ -200,12 +209,12 @@ def exclude_proven(logs: Logs, proven: Mapping[str, str]) -> None:
             say(f"node {node} is excluded from this run: {proof}")
 
 
-def exclude_repeaters(logs: Logs, attempts: Sequence[Attempt], limits: Limits, evidence: Blame) -> None:
+def exclude_repeaters(logs: Logs, run: Path, attempts: Sequence[Attempt], limits: Limits, evidence: Blame) -> None:
     """Write nodes that were to blame too often on the list, with the evidence."""
     avoided = logs.avoided()
-    for node, count in strikes(attempts).items():
+    for node, count in strikes(attempts, strike_file.read(run)).items():
         if count >= limits.strikes and node in evidence.nodes and node not in avoided:
-            starts = ", ".join(f"{a.job} (restart {a.restarts})" for a in attempts if node in a.blamed)
+            starts = ", ".join(f"{a.job} (restart {a.restarts})" for a in attempts if node in a.blamed) or "other jobs"
             last = next((line for line in reversed(evidence.evidence) if node in line), "")
             text = f"failed {count} times: in {starts}; last: {last}"
             logs.avoid(node, text)
@@ -227,7 +236,7 @@ def close_lost(logs: Logs, slurm: Slurm, run: Path, limits: Limits) -> list[Atte
         )
         attempts = logs.attempts()
         exclude_proven(logs, proven)
-        exclude_repeaters(logs, attempts, limits, blamed)
+        exclude_repeaters(logs, run, attempts, limits, blamed)
     return attempts
 
 
@@ -249,6 +258,7 @@ def begin(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, words: Sequenc
             logs.end(job.name, job.restarts, step, None, "stop", Blame(), "no progress")
             slurm.cancel_waiting(job)
             return BEGIN["leave"]
+    heed_others(logs, run, attempts, limits)
     avoided = logs.avoided()
     if met := sorted({*avoided} & {*job.nodes}):
         say(f"got {', '.join(met)}, which this run avoids (see {logs.excluded}).")
@@ -293,7 +303,7 @@ def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> in
     if code not in NO_FAULTS:
         say(f"logs: {logs.folder / job.name}. {' | '.join(evidence.evidence)}".rstrip())
     exclude_proven(logs, proven)
-    exclude_repeaters(logs, attempts, limits, evidence)
+    exclude_repeaters(logs, run, attempts, limits, evidence)
     say(decision.message)
     if decision.action in ("finished", "stop"):
         slurm.cancel_waiting(job)

@@ -43,7 +43,7 @@ ROW_FIELDS = ("gpu_uuid", "remapped_rows.pending", "remapped_rows.failure")
 
 
 @dataclass(frozen=True)
-class Tested:
+class Proof:
     """One thing that was tried. `problem`: proof that the machine is bad; `rate`: more is better, comparable among
     machines of one `kind`."""
 
@@ -73,7 +73,7 @@ def wanted(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get(VARIABLE, "on" if "SLURM_JOB_ID" in environ else "off") != "off"
 
 
-def try_rank(device: torch.device, folders: Sequence[Path], *, first_here: bool) -> list[Tested]:
+def try_rank(device: torch.device, folders: Sequence[Path], *, first_here: bool) -> list[Proof]:
     """Everything that this rank tests. `folders`: where this machine keeps files of its own."""
     done = [guarded("product", partial(product, device, dtype)) for dtype in (torch.float32, torch.bfloat16)]
     done.append(guarded("memory", partial(memory, device)))
@@ -84,19 +84,19 @@ def try_rank(device: torch.device, folders: Sequence[Path], *, first_here: bool)
     return done
 
 
-def try_machine() -> list[Tested]:
+def try_machine() -> list[Proof]:
     """Every GPU that this process sees (without any, the CPU), and what the first rank would test."""
     gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     first, *others = gpus or [torch.device("cpu")]
     return [*try_rank(first, [], first_here=True), *(t for gpu in others for t in try_rank(gpu, [], first_here=False))]
 
 
-def guarded(name: str, test: Callable[[], Tested]) -> Tested:
+def guarded(name: str, test: Callable[[], Proof]) -> Proof:
     """A test that cannot even be made is a problem, too."""
     try:
         return test()
     except (RuntimeError, OSError) as error:
-        return Tested(name, "", f"{name} test failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return Proof(name, "", f"{name} test failed: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 
 def own_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -108,7 +108,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def product(device: torch.device, dtype: torch.dtype) -> Tested:
+def product(device: torch.device, dtype: torch.dtype) -> Proof:
     """A product of matrices beside its sums over rows and columns, which are known without it, exactly."""
     side = SIDE[device.type]
     a = _ternary(side, LENGTH, 1).to(device, dtype)
@@ -127,13 +127,11 @@ def product(device: torch.device, dtype: torch.dtype) -> Tested:
         )
         if any(wrong):
             text = f"a product of matrices in {_name(dtype)} is wrong: {wrong[0]} of {side} rows and {wrong[1]} columns"
-            return Tested("product", "", f"{text} have another sum than they must")
+            return Proof("product", "", f"{text} have another sum than they must")
         if time.perf_counter() - begin_s > ENOUGH_S:
             break
     rate = 2 * side * side * LENGTH / best_s
-    return Tested(
-        "product", f"right, {rate / 1e12:.3g} TFLOP/s in {_name(dtype)}", None, rate, f"{kind} {_name(dtype)}"
-    )
+    return Proof("product", f"right, {rate / 1e12:.3g} TFLOP/s in {_name(dtype)}", None, rate, f"{kind} {_name(dtype)}")
 
 
 def _ternary(rows: int, columns: int, seed: int) -> Tensor:
@@ -141,7 +139,7 @@ def _ternary(rows: int, columns: int, seed: int) -> Tensor:
     return torch.from_numpy(numbers.astype(np.float32) - 1).view(rows, columns)
 
 
-def memory(device: torch.device) -> Tested:
+def memory(device: torch.device) -> Proof:
     """A pattern and its complement, copied and compared."""
     count = MEMORY_MIB[device.type] * MIB // 8
     if device.type == "cuda":
@@ -156,17 +154,17 @@ def memory(device: torch.device) -> Tested:
         best_s = min(best_s, time.perf_counter() - since_s)
         wrong = int((copied != pattern).sum())
         if wrong:
-            return Tested("memory", "", f"{wrong} of {count} words differ from what they were copied from")
+            return Proof("memory", "", f"{wrong} of {count} words differ from what they were copied from")
         pattern.bitwise_not_()
     rate = 2 * 8 * count / best_s
-    return Tested("memory", f"right, {rate / 1e9:.3g} GB/s copied", None, rate, _kind(device))
+    return Proof("memory", f"right, {rate / 1e9:.3g} GB/s copied", None, rate, _kind(device))
 
 
-def disk(folder: Path) -> Tested:
+def disk(folder: Path) -> Proof:
     """A file written, synced, dropped from memory and read back; and what room is left."""
     free = shutil.disk_usage(folder).free / MIB
     if free < LEAST_FREE_MIB:
-        return Tested("disk", "", f"{folder}: {free:.0f} MiB are free, {LEAST_FREE_MIB} are needed")
+        return Proof("disk", "", f"{folder}: {free:.0f} MiB are free, {LEAST_FREE_MIB} are needed")
     data = hash64(3, "selfcheck", np.arange(DISK_MIB * MIB // 8)).tobytes()
     with tempfile.TemporaryFile(dir=folder, prefix=".mvar-check-", buffering=0) as file:
         since_s = time.perf_counter()
@@ -179,11 +177,11 @@ def disk(folder: Path) -> Tested:
         file.seek(0)
         read = b"".join(iter(lambda: file.read(MIB), b""))
     if read != data:
-        return Tested("disk", "", f"{folder}: a file of {DISK_MIB} MiB is read back other than it was written")
-    return Tested("disk", f"{folder}: right, {rate / 1e6:.0f} MB/s written, {free / 1024:.0f} GiB free", None, rate)
+        return Proof("disk", "", f"{folder}: a file of {DISK_MIB} MiB is read back other than it was written")
+    return Proof("disk", f"{folder}: right, {rate / 1e6:.0f} MB/s written, {free / 1024:.0f} GiB free", None, rate)
 
 
-def gpu_errors(ask: Callable[[list[str]], str | None] = said_by) -> list[Tested]:
+def gpu_errors(ask: Callable[[list[str]], str | None] = said_by) -> list[Proof]:
     """What the driver counted since it was loaded. Nothing where there is no nvidia-smi, or a GPU does not count."""
     problems: list[str] = []
     for line in _rows(ask, "gpu", GPU_FIELDS):
@@ -197,7 +195,7 @@ def gpu_errors(ask: Callable[[list[str]], str | None] = said_by) -> list[Tested]
             problems.append(f"GPU {gpu}: rows of memory could not be remapped")
         elif pending.lower() in ("yes", "1"):
             problems.append(f"GPU {gpu}: rows of memory wait to be remapped: it needs a reset")
-    return [Tested("GPU errors", "", problem) for problem in problems]
+    return [Proof("GPU errors", "", problem) for problem in problems]
 
 
 def _rows(ask: Callable[[list[str]], str | None], what: str, fields: tuple[str, ...]) -> list[list[str]]:
@@ -206,7 +204,7 @@ def _rows(ask: Callable[[list[str]], str | None], what: str, fields: tuple[str, 
     return [row for row in rows if len(row) == len(fields)]
 
 
-def verdicts(tested_R: Sequence[Sequence[Tested]]) -> list[Verdict]:
+def verdicts(tested_R: Sequence[Sequence[Proof]]) -> list[Verdict]:
     """What speaks against whom, given what every rank tested."""
     found = []
     rates: dict[tuple[str, str], list[float]] = {}

@@ -61,7 +61,8 @@ def test_every_damaged_file_of_every_checkpoint_is_named(
     old, middle, newest = sorted((run / "checkpoints").iterdir())
     flip(old / "rank-00000.safetensors")
     (middle / "config.yaml").unlink()
-    flip(newest / "checkpoint.json", place=300)
+    record = newest / "checkpoint.json"
+    record.write_text(record.read_text().replace('"world_size": 1', '"world_size": 2'))
     assert mvar(["scrub", str(run), "--json", str(tmp_path / "found.json")]) == 1
     said = capsys.readouterr().out
     for path, problem in (

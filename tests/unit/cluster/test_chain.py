@@ -13,6 +13,7 @@ from mvar.cluster.chain import (
     close_lost,
     end,
     exclude_repeaters,
+    heed_others,
     newest_saved,
     own_words,
     parse_begin,
@@ -93,10 +94,10 @@ def test_a_node_is_excluded_when_it_failed_too_often_with_the_evidence(tmp_path,
     logs.folder.mkdir()
     found = Blame(("n2",), ("srun: error: n2: task 1: Killed",))
     once = attempt(saved=10, code=137, blamed=("n2",))
-    exclude_repeaters(logs, [once], LIMITS, found)
+    exclude_repeaters(logs, tmp_path, [once], LIMITS, found)
     assert logs.avoided() == []
-    exclude_repeaters(logs, [once, once], LIMITS, found)
-    exclude_repeaters(logs, [once, once, once], LIMITS, found)
+    exclude_repeaters(logs, tmp_path, [once, once], LIMITS, found)
+    exclude_repeaters(logs, tmp_path, [once, once, once], LIMITS, found)
     assert logs.avoided() == ["n2"]
     text = logs.excluded.read_text()
     assert "failed 2 times" in text and "task 1: Killed" in text
@@ -234,6 +235,22 @@ def test_proof_against_all_nodes_at_once_and_of_other_starts_leaves_out_none(tmp
     end(JOB, Calls(), LIMITS, tmp_path, 1)
     started(tmp_path, 1)
     end(job(restarts=1), Calls(), Limits(strikes=9), tmp_path, 1)
+    assert Logs(tmp_path).avoided() == []
+
+
+def test_what_another_job_found_since_the_last_start_is_heeded_at_the_next_and_not_again(tmp_path):
+    started(tmp_path)
+    Logs(tmp_path).end("7_2", 0, 30, 75, "next", Blame(("n2",)), "")
+    case = {"step": 4, "rank": 1, "node": "n2", "device": "cuda:1", "what": "computes differently twice"}
+    strikes.note(tmp_path, evidence="the loss", environ={"SLURM_JOB_ID": "99"}, **case)
+    slurm = Calls()
+    assert begin(job(restarts=1), slurm, LIMITS, tmp_path, []) == BEGIN["leave"]  # It got n2, and leaves it.
+    assert slurm.asked == ["scontrol requeue 7_2", "scontrol update JobId=7_2 ExcNodeList=n2"]
+    assert "the loss" in Logs(tmp_path).excluded.read_text()
+    started(tmp_path, 1)
+    Logs(tmp_path).end("7_2", 1, 30, 75, "next", Blame(), "")
+    Logs(tmp_path).excluded.unlink()
+    heed_others(Logs(tmp_path), tmp_path, Logs(tmp_path).attempts(), LIMITS)
     assert Logs(tmp_path).avoided() == []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mvar.machine import selfcheck
-from mvar.machine.selfcheck import Tested, disk, gpu_errors, memory, product, try_rank, verdicts, wanted
+from mvar.machine.selfcheck import Proof, disk, gpu_errors, memory, product, try_rank, verdicts, wanted
 
 CPU = torch.device("cpu")
 
@@ -96,8 +96,8 @@ def test_what_the_driver_counted_is_told_and_what_it_does_not_count_is_not() -> 
 
 
 def test_wrong_is_out_and_slow_is_a_strike_beside_machines_of_its_kind() -> None:
-    def rank(rate: float, problem: str | None = None, kind: str = "H100") -> list[Tested]:
-        return [Tested("product", "right, so fast", problem, None if problem else rate, kind)]
+    def rank(rate: float, problem: str | None = None, kind: str = "H100") -> list[Proof]:
+        return [Proof("product", "right, so fast", problem, None if problem else rate, kind)]
 
     found = verdicts([rank(10), rank(9), rank(4), rank(0, "wrong"), rank(1, kind="A100"), rank(11)])
     assert [(verdict.rank, verdict.out) for verdict in found] == [(2, False), (3, True)]
