@@ -32,7 +32,7 @@ TIMES, ENOUGH_S = 5, 0.3
 LENGTH = 256
 """Of the rows that are multiplied. Entries are -1, 0 and 1, so products are whole numbers up to 256: no rounding in any
 type or order, down to bf16."""
-SIDE = {"cpu": 1024, "cuda": 8192}
+SIDE = {"cpu": 512, "cuda": 8192}
 MEMORY_MIB = {"cpu": 64, "cuda": 1024}
 DISK_MIB = 16
 LEAST_FREE_MIB = 256

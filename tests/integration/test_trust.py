@@ -183,7 +183,7 @@ def test_a_machine_that_multiplies_wrong_does_not_begin_to_train(tmp_path: Path,
     words = ("--config", str(write_config(tmp_path, store)))
     job = start("miscalculating", tmp_path, *words, environ={"MVAR_NODE_CHECK": "on", "SLURMD_NODENAME": "n7"})
     assert job.wait() == [1, 1], job.output()
-    assert "rank 1 on n7 (cpu): a product of matrices in bfloat16 is wrong: 1 of 1024 rows" in job.output()
+    assert "rank 1 on n7 (cpu): a product of matrices in bfloat16 is wrong: 1 of 512 rows" in job.output()
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
     proven = [strike for strike in strikes.read(tmp_path / "run") if strike.out]
     assert [(strike.rank, strike.node, strike.step) for strike in proven] == [(1, "n7", None)]
