@@ -247,7 +247,7 @@ def test_a_node_that_multiplies_wrong_is_left_out_before_it_trains(
     assert chain.losses() == curve[:20]
     assert chain.starts() == [0] and chain.actions() == ["requeue", "finished"]
     excluded = (chain.run / "logs" / "excluded-nodes").read_text()
-    assert excluded.startswith("n1  n1: rank 0 (cpu): self-check: a product of matrices in float32 is wrong"), excluded
+    assert excluded.startswith("n1  n1: rank 0 (cpu): self-check: a product of matrices in "), excluded
     assert cluster.field(chain.id, "ExcNodeList") == "n1"
 
 
