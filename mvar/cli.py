@@ -29,6 +29,8 @@ COMMANDS = {
     "reference": ("mvar.reference", "statistics of real images, for evaluations to come"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
     "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),
+    "scrub": ("mvar.scrub", "read all that is kept of runs and stores, and compare it with its digests"),
+    "verify-step": ("mvar.verify_step", "whether the machines of a run compute the same twice"),
     "slurm-scripts": ("mvar.cluster.scripts", "copy the Slurm scripts out of an installed mvar"),
     "status": ("mvar.status", "how a training run is doing, on one screen"),
     "report": ("mvar.report", "draw the curves of a run"),

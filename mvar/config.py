@@ -182,6 +182,19 @@ class CheckpointConfig(Section):
     )
 
 
+class TrustConfig(Section):
+    """What is asked of the machines while they train (docs/resume.md)."""
+
+    verify_every: NonNegativeInt = Field(
+        0, description="steps between two micro-batches that every rank computes twice, to compare the bits; 0: none"
+    )
+    slow_factor: NonNegativeFloat = Field(
+        1.3,
+        description="a rank whose forward passes take so many times the median rank's counts against its node; 0: off",
+    )
+    slow_steps: PositiveInt = Field(100, description="steps over which that is judged")
+
+
 class TrackingConfig(Section):
     """Where measurements go. metrics.jsonl is always written."""
 
@@ -227,4 +240,5 @@ class TrainConfig(Section):
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig())
+    trust: TrustConfig = Field(default_factory=lambda: TrustConfig())
     tracking: TrackingConfig = Field(default_factory=lambda: TrackingConfig())

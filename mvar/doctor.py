@@ -25,7 +25,7 @@ from mvar.cli import run_command
 from mvar.config import TrainConfig
 from mvar.errors import ConfigError
 from mvar.files.disk import write_file
-from mvar.machine import fabric, hardware, packages, storage
+from mvar.machine import fabric, hardware, packages, selfcheck, storage
 from mvar.machine.findings import Finding, Report, fixes, screen
 from mvar.run.launcher import detect
 from mvar.run.world import finish, join
@@ -46,6 +46,7 @@ def examine(config: TrainConfig | None, run: Path | None) -> Report:
         "packages": packages.look(has_gpu),
         "compilers": hardware.look_at_compilers(has_gpu),
         "caches": storage.look_at_caches(),
+        "self-check": [test.finding for test in selfcheck.try_machine()],
     }
     if run is not None:
         report["run folder"] = storage.look_at_folder(run)

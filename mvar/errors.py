@@ -41,3 +41,7 @@ class TrainingError(MvarError):
 
 class BackendError(MvarError):
     """A compute backend asked for by name that this machine does not have."""
+
+
+class HardwareFaultError(Exception):
+    """A machine that computes wrong: nobody's mistake, so no MvarError. Exit code 1: a chain of jobs starts again."""

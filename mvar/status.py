@@ -26,9 +26,11 @@ from typing import Any
 from mvar.cli import run_command
 from mvar.durations import duration
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError
+from mvar.run import strikes
 from mvar.run.claims import claim_path, living_holder
 from mvar.run.history import History, Start, Trouble
 from mvar.run.names import CLAIM, folder_of, newest_step
+from mvar.run.strikes import Strike
 from mvar.settings import expanded
 
 RECENT = 50
@@ -40,6 +42,19 @@ JOB_NAME = "mvar-train-{run}"
 _BLOCK_BYTES = 1 << 18
 _STEP_SECONDS = re.compile(rb'"step_s": ([0-9.eE+-]+)')
 _RESUMED = b'"kind": "resume"'
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """How long ranks computed in a step's forward passes, means over the last RECENT steps."""
+
+    median_s: float
+    """Of the median rank."""
+    slowest_s: float
+    slowest_rank: int
+    """Who was the slowest most often, and in how many of these steps."""
+    times: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,7 @@ class Measured:
     """Mean of the last RECENT steps."""
     last_step: int | None
     """Where the run is to end; None: written by an mvar that did not say."""
+    ranks: RankTimes | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,8 @@ class Status:
     allocated_rank_s: float
     troubles: list[Trouble]
     """Bad steps, also those that a rollback undid; oldest first."""
+    strikes: list[Strike]
+    """What the ranks found against machines."""
 
 
 def status_of(run: Path, now: float | None = None) -> Status:
@@ -148,6 +166,7 @@ def status_of(run: Path, now: float | None = None) -> Status:
         goodput=min(1.0, useful_rank_seconds(metrics) / rank_s) if rank_s else None,
         allocated_rank_s=rank_s,
         troubles=History(run).troubles(),
+        strikes=strikes.read(run),
     )
 
 
@@ -211,7 +230,17 @@ def read_measured(path: Path) -> Measured | None:
         imgs_per_s=sum(record["imgs_per_s"] * record["step_s"] for record in records) / max(step_s, 1e-9),
         step_s=step_s / len(records),
         last_step=resumed.get("last_step"),
+        ranks=rank_times([record for record in records if "slowest_rank" in record]),
     )
+
+
+def rank_times(records: Sequence[Mapping[str, Any]]) -> RankTimes | None:
+    """Of `train` records; None where an older mvar wrote them."""
+    if not records:
+        return None
+    (slowest, times), *_ = Counter(record["slowest_rank"] for record in records).most_common(1)
+    means = [sum(record[name] for record in records) / len(records) for name in ("forward_s", "slowest_s")]
+    return RankTimes(means[0], means[1], slowest, times, len(records))
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
@@ -328,6 +357,10 @@ def show(status: Status, most: int = 8) -> str:
         )
         left = "" if status.eta_s is None else f", {duration(status.eta_s)} of training left"
         lines.append(("speed", f"{measured.imgs_per_s:,.1f} img/s, {measured.step_s:.3g} s a step{left}"))
+        if (ranks := measured.ranks) is not None:
+            slowest = f"rank {ranks.slowest_rank} in {ranks.times} of {ranks.steps} steps"
+            text = f"forward passes {ranks.median_s:.3g} s on the median rank, {ranks.slowest_s:.3g} s on the slowest"
+            lines.append(("ranks", f"{text} ({slowest})"))
     if (saved := status.saved) is None:
         lines.append(("checkpoint", "none yet"))
     else:
@@ -342,6 +375,9 @@ def show(status: Status, most: int = 8) -> str:
     hidden = max(0, len(status.periods) - most)
     lines.append(("starts", f"{len(status.periods)}" + (f", the last {most}:" if hidden else "")))
     lines += [("", _start_line(period)) for period in status.periods[hidden:]]
+    if status.strikes:
+        lines.append(("machines", f"{len(status.strikes)} strikes, the newest:"))
+        lines += [("", textwrap.shorten(str(strike), 160, placeholder=" ...")) for strike in status.strikes[-most:]]
     return "\n".join(f"{name:11} {text}".rstrip() for name, text in lines if name != "queue" or text)
 
 

@@ -13,7 +13,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mvar.checkpoint.choosing import retain
@@ -46,6 +46,9 @@ from mvar.training.mfu import Utilisation
 from mvar.training.objective import Objective
 from mvar.training.stability import DivergedError, Stability
 from mvar.training.starting import begin, beyond_help, choose_checkpoint, go_back, known_steps
+from mvar.training.suspects import Suspects
+from mvar.training.trust import Trust, require_sound_machines
+from mvar.training.twice import require_repeatable
 
 WORST = 8
 """Samples that a spike's record names."""
@@ -56,6 +59,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
     run = RunFolder(config.run)
     with ExitStack() as stack:
         watchdog = stack.enter_context(open_watchdog(run, config, world))
+        world.together(lambda: require_repeatable(config, world.device))
         job = world.together(lambda: prepare(config, world.size, world.place.local_size))
         takeover_s = config.checkpoint.takeover_s
         ours = world.together(lambda: stack.enter_context(claim(run, takeover_s, world)))
@@ -73,6 +77,9 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         session = Session(run, world, watchdog, stops, ours, takeover_s)
         history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
         hold_codes(job, world)
+        suspects = Suspects(run.path, world)
+        require_sound_machines(config, world, suspects)
+        watchdog.feed("start")
         job, found = choose_checkpoint(run, job, world, change_batch=change_batch)
         watchdog.feed("start")
         objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
@@ -84,9 +91,10 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         announce(world, [*engine.chosen, *chosen(job, world)])
         history.going_on(begun.step)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
+        means = Means(session, engine, history, Trust(engine, suspects), utilisation)
         for left in range(config.engine.max_rollbacks, -1, -1):
             try:
-                with training(session, job, engine, history, utilisation, begun) as opened:
+                with training(means, job, begun) as opened:
                     return opened.loop(begun.step)
             except DivergedError as bad:
                 world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
@@ -97,17 +105,22 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         raise AssertionError("the last round returns or raises")
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a start of a training works with, through all its rollbacks."""
+
+    session: Session
+    engine: Engine
+    history: History
+    trust: Trust
+    utilisation: Utilisation | None
+
+
 @contextmanager
-def training(
-    session: Session,
-    job: TrainingJob,
-    engine: Engine,
-    history: History,
-    utilisation: Utilisation | None,
-    begun: Progress,
-) -> Iterator[TransformerTraining]:
+def training(means: Means, job: TrainingJob, begun: Progress) -> Iterator[TransformerTraining]:
     """Open what is needed to train from `begun` on, and close it again."""
-    run, world, config, done = session.run, session.world, job.config, begun.step
+    run, world, engine = means.session.run, means.session.world, means.engine
+    config, done = job.config, begun.step
     with ExitStack() as stack:
         tracker = stack.enter_context(open_tracker(run, job, world, done))
         shape = {"world": world.size, "zero_stage": engine.stage, "global_batch": config.global_batch}
@@ -118,7 +131,7 @@ def training(
         saver = Saver(run.checkpoints, engine.partition, world, job.identity, config.checkpoint, tracker.sync)
         tell([saver.chosen])
         judging = Stability(config.engine.max_bad_steps, config.engine.spike_sigmas, known_steps(begun, config))
-        yield TransformerTraining(session, feed, job, engine, history, utilisation, tracker, saver, judging)
+        yield TransformerTraining(means, job, feed, tracker, saver, judging)
 
 
 class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
@@ -127,26 +140,21 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
     reads_late = True
 
     def __init__(
-        self,
-        session: Session,
-        feed: Feed[Batch],
-        job: TrainingJob,
-        engine: Engine,
-        history: History,
-        utilisation: Utilisation | None,
-        tracker: Tracker,
-        saver: Saver,
-        stability: Stability,
+        self, means: Means, job: TrainingJob, feed: Feed[Batch], tracker: Tracker, saver: Saver, stability: Stability
     ) -> None:
-        super().__init__(session, feed, tracker, job.plan.last_step, job.config.checkpoint.every_steps)
-        self.job, self.engine, self.history, self.utilisation = job, engine, history, utilisation
-        self.saver, self.stability = saver, stability
-        self.grid = SampleGrid(job, engine, session.world, self.require_leisure)
+        super().__init__(means.session, feed, tracker, job.plan.last_step, job.config.checkpoint.every_steps)
+        self.engine, self.history = means.engine, means.history
+        self.trust, self.utilisation = means.trust, means.utilisation
+        self.job, self.saver, self.stability = job, saver, stability
+        self._batch: Batch | None = None
+        """The first that the last step learned from."""
+        self.grid = SampleGrid(job, self.engine, self.session.world, self.require_leisure)
         self.figures: SampleFigures | None = None
         if job.config.tracking.evaluate_every:
-            self.figures = SampleFigures(job, engine, session.world, self.require_leisure)
+            self.figures = SampleFigures(job, self.engine, self.session.world, self.require_leisure)
 
     def launch(self, done: int, batches: Sequence[Batch]) -> LaunchedStep:
+        self._batch = batches[0]
         return self.engine.launch(done, batches, self.session.votes(self.feed, written=self.saver.ended))
 
     def result(self, launched: LaunchedStep) -> StepResult:
@@ -168,6 +176,8 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             looks.add("sample")
         if tracking.evaluate_every and (ending or due(done, tracking.evaluate_every)):
             looks.add("evaluation")
+        if due(done, self.job.config.trust.verify_every):
+            looks.add("verify")
         return looks
 
     def look(self, done: int, looks: set[str]) -> None:
@@ -177,8 +187,12 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             self.draw(done)
         if "evaluation" in looks:
             self.evaluate(done)
+        if "verify" in looks and self._batch is not None:
+            self.require_leisure()
+            self.trust.compute_twice(done, self._batch, self.tracker)
 
     def save(self, done: int, *, last: bool) -> None:
+        self.trust.require_agreement(done, self.settle)
         progress = replace(self.engine.progress(done), known_steps=self.stability.known())
         self.note(self.saver.save(progress, last=last))
 
@@ -248,6 +262,7 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             step_s=step_s,
             wait_s=watch.waited_s,
             memory_gib=memory_gib(self.session.world.device),
+            **self.trust.keep_pace(done, result),
             **{name: value for name, value in optional.items() if value},
         )
 

@@ -229,6 +229,12 @@ class Partition:
                 if self.stage == 3:
                     zero._reassign_or_swap_out_partitioned_parameters(number)
 
+    def release(self) -> None:
+        """ZeRO 3: cut weights that are whole, because something was computed with them, up again. All ranks."""
+        zero: Any = self._zero
+        zero._partition_all_parameters()
+        self.publish()
+
     def gather(self, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The whole fp32 weights of a few small parameters, on every rank, flat. All ranks."""
         starts = dict(zip(names, accumulate((math.prod(self.shapes[name]) for name in names), initial=0), strict=False))

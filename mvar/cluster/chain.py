@@ -8,7 +8,8 @@ A chain is a job array `1-N%1` whose tasks resume one run. What becomes of a sta
 
     finished    nothing is left to do: the rest of the chain is cancelled
     next        saved on purpose: the next task of the array goes on
-    requeue     preempted, or a fault: the same task starts again, without nodes that failed repeatedly
+    requeue     preempted, or a fault: the same task starts again, without nodes that failed repeatedly, or that their
+                own ranks proved to be bad
     stop        a user's error, STOP, or a crash loop: the rest is cancelled, with a message
 
 slurm/train.sbatch calls both. What follows is decided in `decisions`; `Slurm` holds the few calls that act. Needs no
@@ -24,7 +25,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError, Wri
 from mvar.files import json_lines
 from mvar.files.disk import place
 from mvar.log import log
+from mvar.run import strikes as strike_file
 from mvar.run.history import History
 from mvar.run.names import newest_step
 from mvar.settings import expanded
@@ -181,12 +183,39 @@ def say(text: str) -> None:
     log.info("chain: %s", text)
 
 
-def exclude_repeaters(logs: Logs, attempts: Sequence[Attempt], limits: Limits, evidence: Blame) -> None:
+def seen_by_training(run: Path, job: str, restarts: int, nodes: Sequence[str]) -> tuple[Blame, dict[str, str]]:
+    """What a start's own ranks found against its nodes (mvar.run.strikes): whom it counts against, and of those the
+    nodes that are to be left out at once, with the proof."""
+    own = [s for s in strike_file.read(run) if (s.job, s.restarts) == (job, restarts) and s.node in nodes]
+    proven = {strike.node: str(strike) for strike in own if strike.out}
+    if len(proven) == len(nodes) > 1:
+        proven = {}  # All of them at once: no node's fault.
+    return Blame(tuple(sorted({strike.node for strike in own})), tuple(map(str, own))), proven
+
+
+def heed_others(logs: Logs, run: Path, attempts: Sequence[Attempt], limits: Limits) -> None:
+    """Leave out nodes by what others than this run's chains found since the last start, as `mvar verify-step` does."""
+    since, starts = max((a.time for a in attempts), default=0.0), {(a.job, a.restarts) for a in attempts}
+    found = [one for one in strike_file.read(run) if one.time > since and (one.job, one.restarts) not in starts]
+    exclude_proven(logs, {one.node: str(one) for one in found if one.out})
+    evidence = Blame(tuple({one.node for one in found}), tuple(map(str, found)))
+    exclude_repeaters(logs, run, attempts, limits, evidence)
+
+
+def exclude_proven(logs: Logs, proven: Mapping[str, str]) -> None:
+    """Write nodes that are proven bad on the list."""
+    for node, proof in proven.items():
+        if node not in logs.avoided():
+            logs.avoid(node, proof)
+            say(f"node {node} is excluded from this run: {proof}")
+
+
+def exclude_repeaters(logs: Logs, run: Path, attempts: Sequence[Attempt], limits: Limits, evidence: Blame) -> None:
     """Write nodes that were to blame too often on the list, with the evidence."""
     avoided = logs.avoided()
-    for node, count in strikes(attempts).items():
+    for node, count in strikes(attempts, strike_file.read(run)).items():
         if count >= limits.strikes and node in evidence.nodes and node not in avoided:
-            starts = ", ".join(f"{a.job} (restart {a.restarts})" for a in attempts if node in a.blamed)
+            starts = ", ".join(f"{a.job} (restart {a.restarts})" for a in attempts if node in a.blamed) or "other jobs"
             last = next((line for line in reversed(evidence.evidence) if node in line), "")
             text = f"failed {count} times: in {starts}; last: {last}"
             logs.avoid(node, text)
@@ -200,13 +229,15 @@ def close_lost(logs: Logs, slurm: Slurm, run: Path, limits: Limits) -> list[Atte
         last = attempts[-1]
         said = blame(logs.srun(last.job, last.restarts), last.nodes, None)
         seen = slurm.restarted_since(last.nodes, last.time)
-        blamed = Blame(tuple(sorted({*said.nodes, *seen.nodes})), said.evidence + seen.evidence)
+        known, proven = seen_by_training(run, last.job, last.restarts, last.nodes)
+        blamed = said + seen + known
         logs.end(last.job, last.restarts, newest_saved(run), None, "lost", blamed, "killed")
         say(
             f"the start before ({last.job}, restart {last.restarts}) was killed. {' | '.join(blamed.evidence)}".rstrip()
         )
         attempts = logs.attempts()
-        exclude_repeaters(logs, attempts, limits, blamed)
+        exclude_proven(logs, proven)
+        exclude_repeaters(logs, run, attempts, limits, blamed)
     return attempts
 
 
@@ -228,6 +259,7 @@ def begin(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, words: Sequenc
             logs.end(job.name, job.restarts, step, None, "stop", Blame(), "no progress")
             slurm.cancel_waiting(job)
             return BEGIN["leave"]
+    heed_others(logs, run, attempts, limits)
     avoided = logs.avoided()
     if met := sorted({*avoided} & {*job.nodes}):
         say(f"got {', '.join(met)}, which this run avoids (see {logs.excluded}).")
@@ -261,7 +293,8 @@ def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> in
     """After training: write down what happened, decide, act. Returns the job's exit code."""
     logs = Logs(run)
     code, reason = own_words(run, job, code)
-    evidence = blame(logs.srun(job.name, job.restarts), job.nodes, code)
+    known, proven = seen_by_training(run, job.name, job.restarts, job.nodes)
+    evidence = blame(logs.srun(job.name, job.restarts), job.nodes, code) + known
     step = newest_saved(run)
     outcome = {"saved": step, "code": code, "blamed": evidence.nodes}
     attempts = [Attempt(**(vars(a) | outcome)) if job.is_start(a) else a for a in logs.attempts()]
@@ -270,10 +303,13 @@ def end(job: SlurmJob, slurm: Slurm, limits: Limits, run: Path, code: int) -> in
     logs.end(job.name, job.restarts, step, code, decision.action, evidence, reason)
     if code not in NO_FAULTS:
         say(f"logs: {logs.folder / job.name}. {' | '.join(evidence.evidence)}".rstrip())
-        exclude_repeaters(logs, attempts, limits, evidence)
+    exclude_proven(logs, proven)
+    exclude_repeaters(logs, run, attempts, limits, evidence)
     say(decision.message)
     if decision.action in ("finished", "stop"):
         slurm.cancel_waiting(job)
+    elif decision.action == "next":
+        slurm.avoid_later(job, logs.avoided())
     elif decision.action == "requeue" and not slurm.requeue(job, logs.avoided()):
         say("cannot be requeued: left to the next task of the array.")
     return decision.code

@@ -9,6 +9,7 @@ from typing import Literal
 
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from mvar.run.history import job_name
+from mvar.run.strikes import Strike
 
 NO_FAULTS = (EXIT_FINISHED, EXIT_STOPPED, EXIT_USER_ERROR)
 """Exit codes of a training that nothing went wrong with but its use."""
@@ -74,6 +75,9 @@ class Blame:
 
     nodes: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
+
+    def __add__(self, other: Blame) -> Blame:
+        return Blame(tuple(sorted({*self.nodes, *other.nodes})), self.evidence + other.evidence)
 
 
 @dataclass(frozen=True)
@@ -191,10 +195,11 @@ def expand(names: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def strikes(attempts: Iterable[Attempt]) -> dict[str, int]:
-    """How often each node was to blame."""
+def strikes(attempts: Sequence[Attempt], found: Iterable[Strike] = ()) -> dict[str, int]:
+    """How often each node was to blame: once in each start, and once in each other job that found something."""
+    starts = {(attempt.job, attempt.restarts) for attempt in attempts}
+    others = {(one.node, one.job, one.restarts) for one in found if (one.job, one.restarts) not in starts}
     counts: dict[str, int] = {}
-    for attempt in attempts:
-        for node in attempt.blamed:
-            counts[node] = counts.get(node, 0) + 1
+    for node in [*(node for attempt in attempts for node in attempt.blamed), *(node for node, *_ in others)]:
+        counts[node] = counts.get(node, 0) + 1
     return counts

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from mvar.cli import show_error
-from mvar.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_USER_ERROR, MvarError
+from mvar.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_USER_ERROR, HardwareFaultError, MvarError
 from mvar.log import log, rank_hint
 from mvar.run import world as worlds
 from mvar.run.world import RemoteError, World
@@ -36,6 +36,9 @@ def run_training(prepare: Callable[[], C | None], join: Callable[[C], World], tr
             return train(config, world)
         except MvarError:
             raise
+        except HardwareFaultError as error:
+            log.critical("%s", error)
+            return EXIT_FAULT
         except Exception:
             log.critical("this process fails", exc_info=True)
             return EXIT_FAULT
@@ -48,6 +51,9 @@ def run_training(prepare: Callable[[], C | None], join: Callable[[C], World], tr
         code = EXIT_USER_ERROR if error.expected else EXIT_FAULT
     except MvarError as error:
         code = show_error(error)
+    except HardwareFaultError as error:  # All ranks know of it.
+        log.critical("%s", error)
+        code = EXIT_FAULT
     except Exception:
         # At once and without goodbyes: the other ranks learn of it when this one is gone.
         log.critical("this rank fails", exc_info=True)

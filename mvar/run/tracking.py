@@ -3,12 +3,14 @@
 metrics.jsonl has one JSON object a line. All have `kind`, `step` (optimizer steps done) and `samples` (images seen).
 
     train       loss, loss_per_scale, accuracy, accuracy_per_scale, grad_norm, lr, weight_decay, skipped, imgs_per_s,
-                step_s, wait_s (of it, waiting for data), memory_gib; bad_samples, loss_scale and mfu where they apply
+                step_s, wait_s (of it, waiting for data), memory_gib; forward_s (of a step's forward passes, the median
+                rank's), slowest_s, slowest_rank; bad_samples, loss_scale and mfu where they apply
     val         images, loss, loss_per_scale, accuracy, accuracy_per_scale
     sample      file (relative to the run folder)
     evaluation  images, seconds, and figures of drawn pictures: fid | fd_efflite0, kid, precision, recall, ..., *_error
     checkpoint  seconds (from its beginning until it existed), stall_s (of it, training stood still)
     spike       reason, worst_samples: a loss or gradient far above the usual; the update was made
+    verify      seconds, differing (ranks whose two computations of one micro-batch differ)
     not_saved   error: a checkpoint that failed, where the run goes on without it
     resume      world, zero_stage, global_batch, last_step: training went on from this step, or began (step 0)
 

@@ -37,7 +37,8 @@ from mvar.model.transformer import MVAR, drop_path_rates
 from mvar.run.loop import Votes
 from mvar.run.world import Later, World, on_device
 from mvar.schedule import Plan, decays
-from mvar.training.objective import Losses, Objective
+from mvar.training.objective import Losses, ModelCall, Objective
+from mvar.training.pace import DeviceTimer
 from mvar.training.zero_norm import shorten
 
 NO_VOTES = Votes()
@@ -70,6 +71,8 @@ class StepResult:
     loss_scale: float | None
     votes: Votes
     """Of all ranks together."""
+    forward_s: list[float]
+    """How long each rank's forward passes took, by rank: under ZeRO 0 to 2 no rank waits for another in them."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class LaunchedStep:
     indices_B: NDArray[np.int64]
     """Its samples."""
     numbers: Later
-    """Sums over ranks: losses and right words of each scale, bad samples, samples, votes; then the gradient's norm."""
+    """Sums over ranks: losses and right words of each scale, bad samples, samples, votes, seconds of forward passes (a
+    place for each rank); then the gradient's norm."""
 
 
 def build_model(config: TrainConfig, model: ModelConfig) -> MVAR:
@@ -193,8 +197,10 @@ class Engine:
         assert len(batches) == self.split.accumulation
         lr, weight_decay = self._set_rates(step)
         found: list[Losses] = []
+        forward = DeviceTimer(self.world.device)
         for batch in batches:
-            losses = self._losses(step, batch)
+            with forward:
+                losses = self._losses(step, batch)
             found.append(losses)
             self._engine.backward(losses.loss)
             if len(found) < len(batches):
@@ -214,7 +220,9 @@ class Engine:
             scales=self.plan.curriculum_at(step).scales,
             loss_BS=loss_BS,
             indices_B=np.concatenate([batch.indices_B for batch in batches]),
-            numbers=self._sum(loss_BS, torch.cat([losses.correct_BS for losses in found]), votes, grad_norm),
+            numbers=self._sum(
+                loss_BS, torch.cat([losses.correct_BS for losses in found]), votes, forward.seconds(), grad_norm
+            ),
         )
 
     def _average(self) -> None:
@@ -234,14 +242,15 @@ class Engine:
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         return lr, weight_decay
 
-    def _losses(self, step: int, batch: Batch) -> Losses:
+    def _losses(self, step: int, batch: Batch, through: ModelCall | None = None) -> Losses:
         seed, model = self.config.seed, self._model_config
         dropped_B = torch.from_numpy(randomness.label_drop(seed, step, batch.positions_B, model.label_drop))
         labels_B = torch.where(dropped_B, torch.tensor(model.num_classes), batch.labels_B)
         drop_path_DGB = None
         if any(self._rates_D):
             drop_path_DGB = torch.from_numpy(randomness.drop_path(seed, step, batch.positions_B, self._rates_D))
-        return self.objective(self._engine, batch.codes_BL, labels_B, drop_path_DGB, self.plan.curriculum_at(step))
+        curriculum = self.plan.curriculum_at(step)
+        return self.objective(through or self._engine, batch.codes_BL, labels_B, drop_path_DGB, curriculum)
 
     def _update(self) -> tuple[Tensor | float, bool]:
         """Clip and step, unless the gradient is not finite: its norm, and whether the update was made.
@@ -260,10 +269,13 @@ class Engine:
         self._engine.step()
         return self._engine.get_global_grad_norm(), bool(self._engine.was_step_applied())
 
-    def _sum(self, loss_BS: Tensor, correct_BS: Tensor, votes: Votes, grad_norm: Tensor | float) -> Later:
+    def _sum(
+        self, loss_BS: Tensor, correct_BS: Tensor, votes: Votes, forward_s: float, grad_norm: Tensor | float
+    ) -> Later:
         """The step's one sum over ranks, not waited for."""
         bad = (~loss_BS.isfinite().all(dim=1)).sum(dtype=loss_BS.dtype).view(1)
-        counted = on_device(torch.tensor([len(loss_BS), *votes.numbers()], dtype=loss_BS.dtype), loss_BS.device)
+        own_R = [forward_s if rank == self.world.rank else 0.0 for rank in range(self.world.size)]
+        counted = on_device(torch.tensor([len(loss_BS), *votes.numbers(), *own_R], dtype=loss_BS.dtype), loss_BS.device)
         if not isinstance(grad_norm, Tensor):
             grad_norm = torch.full((1,), grad_norm, device=loss_BS.device)
         sums = torch.cat([loss_BS.sum(dim=0), correct_BS.sum(dim=0), bad, counted])
@@ -273,7 +285,8 @@ class Engine:
         """How a step went, once the device is done with it. All ranks, for every step, in the order of steps."""
         numbers, scales = launched.numbers.get(), self.objective.pyramid.num_scales
         self._last = launched.loss_BS, launched.indices_B
-        bad, images, *votes = (int(count) for count in numbers[2 * scales : -1])
+        own_R = numbers[-1 - self.world.size : -1].tolist()
+        bad, images, *votes = (int(count) for count in numbers[2 * scales : -1 - self.world.size])
         norm = float(numbers[-1])
         bad_samples: list[int] = []
         if bad:
@@ -289,7 +302,30 @@ class Engine:
             bad_samples=bad_samples,
             loss_scale=launched.loss_scale,
             votes=Votes(*votes),
+            forward_s=own_R,
         )
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What this rank computes with, by name: whole under ZeRO 0 to 2."""
+        return dict(self._engine.module.named_parameters())
+
+    def differentiate(self, step: int, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of one micro-batch of step `step`, this rank's own, without a trace in the training.
+
+        Gradients are handed out instead of added up, so nothing that ZeRO does with them begins; they take room for all
+        parameters in their type. Under ZeRO 3 ranks need each other all the same: all ranks together.
+        """
+        from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+        module = self._engine.module
+        with autocast_if_enabled(self._engine):
+            loss = self._losses(step, batch, module).loss
+        scale = float(self._scaler.cur_scale) if self._scaler is not None else 1.0
+        gradients = torch.autograd.grad(scale * loss, list(module.parameters()), materialize_grads=True)
+        if self.stage == 3:
+            self.partition.release()
+        return loss.detach(), list(gradients)
 
     def worst_samples(self, count: int) -> list[int]:
         """Samples (numbers in the train split) with the highest losses over all ranks, worst first, of the step that

@@ -49,6 +49,7 @@ class Cluster:
             "MVAR_PYTHON": sys.executable,
             "MVAR_SITE": str(folder / "site.env"),
             "MVAR_DOCTOR": "off",  # Where its seconds would only cost time; a test of its own has it on.
+            "MVAR_NODE_CHECK": "off",  # Likewise.
             "OMP_NUM_THREADS": "1",
             "NODES": str(nodes),
             "PORT": str(free_ports(nodes + 1)),

@@ -238,6 +238,19 @@ def test_a_node_that_fails_three_times_is_left_out(
     assert cluster.field(chain.id, "ExcNodeList") == "n1"
 
 
+def test_a_node_that_multiplies_wrong_is_left_out_before_it_trains(
+    cluster: Cluster, tmp_path: Path, store: Path, curve: list[float]
+) -> None:
+    environ = {"MVAR_NODE_CHECK": "on", "TEST_WRONG_NODE": "n1"}
+    chain = Chain(cluster, tmp_path, store, jobs=1, max_steps=20, environ=environ)
+    chain.finish()
+    assert chain.losses() == curve[:20]
+    assert chain.starts() == [0] and chain.actions() == ["requeue", "finished"]
+    excluded = (chain.run / "logs" / "excluded-nodes").read_text()
+    assert excluded.startswith("n1  n1: rank 0 (cpu): self-check: a product of matrices in "), excluded
+    assert cluster.field(chain.id, "ExcNodeList") == "n1"
+
+
 def test_a_chain_without_progress_ends_instead_of_burning_the_allocation(
     cluster: Cluster, tmp_path: Path, store: Path
 ) -> None:

@@ -13,12 +13,14 @@ from mvar.cluster.chain import (
     close_lost,
     end,
     exclude_repeaters,
+    heed_others,
     newest_saved,
     own_words,
     parse_begin,
 )
-from mvar.cluster.decisions import Blame
+from mvar.cluster.decisions import Blame, Limits
 from mvar.errors import ConfigError
+from mvar.run import strikes
 from mvar.run.history import History
 from tests.unit.cluster.test_decisions import JOB, KILLED, LIMITS, attempt, job
 
@@ -92,10 +94,10 @@ def test_a_node_is_excluded_when_it_failed_too_often_with_the_evidence(tmp_path,
     logs.folder.mkdir()
     found = Blame(("n2",), ("srun: error: n2: task 1: Killed",))
     once = attempt(saved=10, code=137, blamed=("n2",))
-    exclude_repeaters(logs, [once], LIMITS, found)
+    exclude_repeaters(logs, tmp_path, [once], LIMITS, found)
     assert logs.avoided() == []
-    exclude_repeaters(logs, [once, once], LIMITS, found)
-    exclude_repeaters(logs, [once, once, once], LIMITS, found)
+    exclude_repeaters(logs, tmp_path, [once, once], LIMITS, found)
+    exclude_repeaters(logs, tmp_path, [once, once, once], LIMITS, found)
     assert logs.avoided() == ["n2"]
     text = logs.excluded.read_text()
     assert "failed 2 times" in text and "task 1: Killed" in text
@@ -192,3 +194,68 @@ def test_arguments_of_a_training_job():
         parse_begin(["--dry-run", "run=a"])
     with pytest.raises(ConfigError, match="a chain would do it at each start"):
         parse_begin(["--config", "a.yaml", "run=a", "--from-scratch"])
+
+
+# ---- what the ranks themselves found
+
+
+def found_by_ranks(run, node, out=False, restarts=0):
+    environ = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": str(restarts)}
+    case = {"step": 4, "rank": 1, "device": "cuda:1", "what": "self-check" if out else "stays behind"}
+    strikes.note(run, node=node, evidence="2 rows are wrong", out=out, environ=environ, **case)
+
+
+def test_a_node_that_proved_to_be_bad_is_left_out_at_once_with_the_proof(tmp_path):
+    slurm = Calls()
+    started(tmp_path)
+    found_by_ranks(tmp_path, "n2", out=True)
+    assert end(JOB, slurm, LIMITS, tmp_path, 1) == 1
+    assert slurm.asked[-2:] == ["scontrol requeue 7_2", "scontrol update JobId=7_2 ExcNodeList=n2"]
+    assert Logs(tmp_path).excluded.read_text().startswith("n2  n2: rank 1 (cuda:1)")
+    assert "2 rows are wrong" in Logs(tmp_path).excluded.read_text()
+
+
+def test_what_counts_against_a_node_counts_once_for_each_start_also_where_nothing_failed(tmp_path):
+    for restarts in range(2):
+        assert Logs(tmp_path).avoided() == []
+        started(tmp_path, restarts)
+        for _ in range(3):
+            found_by_ranks(tmp_path, "n2", restarts=restarts)
+        assert end(job(restarts=restarts), Calls(), LIMITS, tmp_path, 75) == 0
+    assert Logs(tmp_path).avoided() == ["n2"]
+    assert [attempt.blamed for attempt in Logs(tmp_path).attempts()] == [("n2",), ("n2",)]
+    assert "stays behind" in Logs(tmp_path).excluded.read_text()
+
+
+def test_proof_against_all_nodes_at_once_and_of_other_starts_leaves_out_none(tmp_path):
+    started(tmp_path)
+    for node in ("n1", "n2"):
+        found_by_ranks(tmp_path, node, out=True)
+    found_by_ranks(tmp_path, "n9", out=True)
+    end(JOB, Calls(), LIMITS, tmp_path, 1)
+    started(tmp_path, 1)
+    end(job(restarts=1), Calls(), Limits(strikes=9), tmp_path, 1)
+    assert Logs(tmp_path).avoided() == []
+
+
+def test_what_another_job_found_since_the_last_start_is_heeded_at_the_next_and_not_again(tmp_path):
+    started(tmp_path)
+    Logs(tmp_path).end("7_2", 0, 30, 75, "next", Blame(("n2",)), "")
+    case = {"step": 4, "rank": 1, "node": "n2", "device": "cuda:1", "what": "computes differently twice"}
+    strikes.note(tmp_path, evidence="the loss", environ={"SLURM_JOB_ID": "99"}, **case)
+    slurm = Calls()
+    assert begin(job(restarts=1), slurm, LIMITS, tmp_path, []) == BEGIN["leave"]  # It got n2, and leaves it.
+    assert slurm.asked == ["scontrol requeue 7_2", "scontrol update JobId=7_2 ExcNodeList=n2"]
+    assert "the loss" in Logs(tmp_path).excluded.read_text()
+    started(tmp_path, 1)
+    Logs(tmp_path).end("7_2", 1, 30, 75, "next", Blame(), "")
+    Logs(tmp_path).excluded.unlink()
+    heed_others(Logs(tmp_path), tmp_path, Logs(tmp_path).attempts(), LIMITS)
+    assert Logs(tmp_path).avoided() == []
+
+
+def test_proof_that_a_killed_start_left_is_heeded_by_the_next(tmp_path):
+    Logs(tmp_path).begin(JOB, 0)
+    found_by_ranks(tmp_path, "n2", out=True)
+    (closed,) = close_lost(Logs(tmp_path), Calls(), tmp_path, LIMITS)
+    assert closed.blamed == ("n2",) and Logs(tmp_path).avoided() == ["n2"]
