@@ -124,27 +124,12 @@ def test_a_program_that_uses_mvar_as_a_library_hears_it_as_any_other_logger(
     assert capsys.readouterr() == ("", "")
 
 
-RESULTS = {
-    *("mvar/cli.py", "mvar/demo.py", "mvar/evaluate.py", "mvar/export.py", "mvar/inspect_checkpoint.py"),
-    *(
-        "mvar/doctor.py",
-        "mvar/report.py",
-        "mvar/status.py",
-        "mvar/plan/command.py",
-        "mvar/training/dry_run.py",
-        "mvar/cluster/chain.py",
-        "mvar/cluster/scripts.py",
-        "mvar/cluster/snapshot.py",
-    ),
-    *("data_prep/calibrate.py", "data_prep/finalize.py", "data_prep/inspect.py", "data_prep/tokenize.py"),
-    *(
-        "data_prep/verify.py",
-        "data_prep/prepare/digits.py",
-        "data_prep/prepare/emoji.py",
-        "data_prep/prepare/fashion.py",
-    ),
-    "mvar/log.py",
-}
+COMMANDS = """cli demo doctor evaluate evaluate_checkpoints evaluate_model evaluate_tokenizer export inspect_checkpoint
+    merge_samples reference report sample scrub status verify_step"""
+ROOMS = """mvar/plan/command mvar/training/dry_run mvar/cluster/chain mvar/cluster/scripts mvar/cluster/snapshot
+    data_prep/calibrate data_prep/finalize data_prep/inspect data_prep/tokenize data_prep/verify
+    data_prep/prepare/digits data_prep/prepare/emoji data_prep/prepare/fashion"""
+RESULTS = {"mvar/log.py", *(f"mvar/{name}.py" for name in COMMANDS.split()), *(f"{name}.py" for name in ROOMS.split())}
 """Files that print what a command was asked for."""
 
 
