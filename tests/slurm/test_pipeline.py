@@ -16,9 +16,10 @@ from data_prep.job import TokenizeConfig
 from data_prep.tokenize import tokenize
 from data_prep.verify import verify
 from mvar.settings import load
+from mvar.testing.extractors import write_extractor
 from mvar.testing.tiny_runs import losses, write_config
 from tests.slurm.harness import ROOT, Cluster, train_log, until
-from tests.stores import LATENT, PATCH_NUMS, SIZE_PX, VOCAB, image_folder, tiny_tokenizer
+from tests.stores import LATENT, PATCH_NUMS, VOCAB, image_folder, tiny_tokenizer
 
 pytestmark = pytest.mark.slurm
 
@@ -50,11 +51,10 @@ def test_from_images_to_samples_on_two_nodes_with_two_tasks_each(
     out = tmp_path / "out"
     words = ["--images", inputs / "images", "--tokenizer", inputs / "tokenizer.safetensors", "--config", config]
     words += ["--out", out, "--codes", inputs / "codes.yaml", "--nodes", "2", "--gpus", "2"]
-    words += ["--tokenize-tasks", "2", "--sample-tasks", "2", "--chain", "3", "--per-class", "6", "--size", SIZE_PX]
+    words += ["--tokenize-tasks", "2", "--sample-tasks", "2", "--chain", "3", "--per-class", "6"]
+    words += ["--features", write_extractor(inputs / "features.pt", width=8)]
     for option in ("--cpus-per-task=1", "--time=10"):
         words += ["--sbatch", option]
-    for word in ("--val-fraction", "0.25", "--epochs", "1"):
-        words += ["--evaluate", word]
 
     planned = cluster.run(SCRIPTS / "pipeline.sh", *words, "--dry-run", cwd=tmp_path)
     assert [line.split()[0] for line in planned.splitlines()] == ["sbatch"] * 5
@@ -74,7 +74,11 @@ def test_from_images_to_samples_on_two_nodes_with_two_tasks_each(
     assert len(losses(out / "run")) == 12
     assert "4 ranks x 2 x 1" in train_log(out / "run")
     assert len(list((out / "samples").glob("*/*.png"))) == 18
-    assert "frechet_samples" in json.loads((out / "figures.json").read_text())["figures"]
+    assert {"fd", "fd_floor", "kid", "recall"} <= json.loads((out / "figures.json").read_text())["figures"].keys()
+    (table,) = (out / "logs").glob("mvar-evaluate-*.log")
+    assert all(
+        re.search(rf"^{name} ", table.read_text(), re.MULTILINE) for name in ("FD", "KID", "precision", "recall")
+    )
 
 
 def test_samples_are_not_drawn_from_a_training_that_is_not_finished(cluster: Cluster, tmp_path: Path) -> None:
