@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mvar.cgroups import cores
+
 
 @dataclass
 class Report:
@@ -90,7 +92,7 @@ def surroundings() -> dict[str, Any]:
     """Hardware, threads, versions and commit that a figure belongs to."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "load_1min": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

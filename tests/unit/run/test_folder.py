@@ -96,6 +96,29 @@ def test_claiming_tidies_up_after_killed_processes(tmp_path: Path) -> None:
         assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000004"]
 
 
+def test_a_start_does_not_fail_by_what_nfs_keeps_of_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of the killed job is still about, with a file of a half-written checkpoint open."""
+    run = RunFolder(tmp_path)
+    kept = run.checkpoints / ".tmp-step-000000005" / ".nfs0001"
+    kept.parent.mkdir(parents=True)
+    for path in (kept, kept.with_name("rank-00000.safetensors")):
+        path.touch()
+    unlink = os.unlink
+
+    def busy(path: str, *, dir_fd: int | None = None) -> None:
+        if os.path.basename(path) == kept.name:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        unlink(path, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        with run.claimed(90):
+            assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+            run.require_no_history()  # It is no checkpoint that was lost.
+    with run.claimed(90):
+        assert not kept.parent.exists()
+
+
 def test_a_run_that_once_saved_never_begins_again_silently(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.require_no_history()

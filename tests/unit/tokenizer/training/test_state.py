@@ -30,6 +30,20 @@ def test_the_newest_and_the_one_before_are_kept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["state.safetensors"]
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_the_one_before_is_kept_also_where_there_are_no_hard_links(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    file = StateFile(tmp_path)
+    for step in (1, 2, 3):
+        file.write(some_state(step))
+    assert same(file.read(), some_state(3)) and len(os.listdir(tmp_path)) == 2
+    os.replace(file.before, file.path)
+    assert same(StateFile(tmp_path).read(), some_state(2))
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"\1", lambda data: b""])
 def test_damage_falls_back_loudly_and_is_not_kept(tmp_path, voice, capsys, damage):
     file = StateFile(tmp_path)
