@@ -27,9 +27,10 @@ from mvar.errors import ConfigError
 from mvar.files.disk import write_file
 from mvar.machine import fabric, hardware, packages, selfcheck, storage
 from mvar.machine.findings import Finding, Report, fixes, screen
+from mvar.paths import expanded
 from mvar.run.launcher import detect
 from mvar.run.world import finish, join
-from mvar.settings import expanded, load
+from mvar.settings import load
 
 PLACEHOLDERS = ["run=.", "data.store=none"]
 """What a recipe does not say and doctor does not need."""

@@ -25,7 +25,7 @@ from mvar.cli import run_command
 from mvar.config import ModelConfig, TrainConfig
 from mvar.durations import duration
 from mvar.errors import CheckpointError
-from mvar.files.remote import is_url
+from mvar.paths import is_url
 from mvar.run.names import folder_of, newest_step, steps_in
 from mvar.settings import load
 

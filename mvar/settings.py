@@ -3,14 +3,13 @@
 A command declares its configuration as a `Section` and calls `load`. Unknown keys, wrong types and contradictions
 become one ConfigError that names the key, what it got, and the nearest key that exists.
 
-What a key's type calls text (names, paths) is taken as it is written; everything else is YAML. In paths `~`, `~user`,
-`$NAME` and `${NAME}` are expanded, `$$` is a dollar. Where values are read is the one place that does so.
+What a key's type calls text (names, paths) is taken as it is written, paths as `mvar.paths` reads them; everything else
+is YAML. Where values are read (`load`) is the one place that expands anything.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import types
 import typing
@@ -25,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from mvar import shipped
 from mvar.errors import ConfigError
+from mvar.paths import expanded, written
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -132,36 +132,6 @@ def _text(dotted: str, field: FieldInfo, text: str) -> str | None:
         return expanded(text)
     except ConfigError as error:
         raise ConfigError(f"{dotted}: {error}") from None
-
-
-_VARIABLE = re.compile(r"\$(\$|[A-Za-z_][A-Za-z0-9_]*|\{[A-Za-z_][A-Za-z0-9_]*\})")
-
-
-def expanded(text: str) -> str:
-    """A path as a user wrote it, with `~` and variables replaced; a URL as it is. Raises ConfigError."""
-    if "://" in text or text.startswith("pipe:"):
-        return text
-    if not text:
-        raise ConfigError("got nothing, expected a path. (Is a variable of the shell not set?)")
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1].strip("{}")
-        if name != "$" and not os.environ.get(name):  # With an empty one, $SCRATCH/runs would lie in the root.
-            raise ConfigError(f"{text!r}: the environment has no variable {name}. Set it; a dollar itself is $$.")
-        return "$" if name == "$" else os.environ[name]
-
-    home = os.path.expanduser(text) if text.startswith("~") else text
-    if home.startswith("~"):
-        raise ConfigError(f"{text!r}: there is no such user. A file that is called so: ./{text}")
-    return _VARIABLE.sub(value, home)
-
-
-def written(path: str | Path) -> str:
-    """A path so that `expanded` gives it back."""
-    text = str(path)
-    if "://" in text or text.startswith("pipe:"):
-        return text
-    return ("./" if text.startswith("~") else "") + text.replace("$", "$$")
 
 
 def load(section: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:

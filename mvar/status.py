@@ -26,12 +26,12 @@ from typing import Any
 from mvar.cli import run_command
 from mvar.durations import duration
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError
+from mvar.paths import expanded
 from mvar.run import strikes
 from mvar.run.claims import claim_path, living_holder
 from mvar.run.history import History, Start, Trouble
 from mvar.run.names import CLAIM, folder_of, newest_step
 from mvar.run.strikes import Strike
-from mvar.settings import expanded
 
 RECENT = 50
 """Steps over which loss and speed are averaged."""

@@ -7,7 +7,6 @@ any number of ranks. Elsewhere a parameter lies whole on one rank, or on a few n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,21 +30,17 @@ def numbers_of(pieces: Sequence[Piece], names: Sequence[str]) -> NDArray[np.int6
 def ownership_of(ranks: Sequence[NDArray[np.int64]], shapes: Mapping[str, tuple[int, ...]]) -> Ownership:
     """What all ranks hold together: `ranks[r]` is what rank r says by `numbers_of`."""
     names = list(shapes)
-    rows = np.concatenate([np.insert(numbers, 3, rank, axis=1) for rank, numbers in enumerate(ranks)])
+    parts = np.concatenate([np.insert(numbers, 3, rank, axis=1) for rank, numbers in enumerate(ranks)])
+    place, start, stop, rank = parts[np.lexsort((parts[:, 1], parts[:, 0]))].T
+    width, end = stop - start, np.array([_elements(shape) for shape in shapes.values()], dtype=np.int64)[place]
+    follows = (np.diff(place) == 0) & (np.diff(rank) == 1) & (start[1:] == stop[:-1])
+    follows &= (width[1:] == width[:-1]) | ((width[1:] < width[:-1]) & (stop[1:] == end[1:]))
+    first = np.flatnonzero(np.concatenate([np.ones(min(len(parts), 1), dtype=bool), ~follows]))
+    count = np.diff(first, append=len(parts))
     found: Ownership = {name: [] for name in names}
-    for place, start, stop, rank in rows[np.lexsort((rows[:, 1], rows[:, 0]))].tolist():
-        _add(found[names[place]], start, stop, rank, _elements(shapes[names[place]]))
+    for number, *row in np.stack([place[first], rank[first], count, start[first], width[first]], axis=1).tolist():
+        found[names[number]].append((row[0], row[1], row[2], row[3]))
     return found
-
-
-def _add(rows: list[Row], start: int, stop: int, rank: int, elements: int) -> None:
-    if rows:
-        first, count, begin, width = rows[-1]
-        follows = rank == first + count and start == begin + count * width
-        if follows and (stop - start == width or (stop == elements and stop - start < width)):
-            rows[-1] = (first, count + 1, begin, width)
-            return
-    rows.append((rank, 1, start, stop - start))
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -54,7 +49,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 def holders(rows: Sequence[Row], shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """(rank, first element that it holds, one past its last) of all that hold some of the elements [start, stop)."""
-    elements: Any = _elements(shape)
+    elements = _elements(shape)
     for first, count, begin, width in rows:
         low, high = max(0, (start - begin) // width), min(count, -((begin - stop) // width))
         for k in range(low, high):

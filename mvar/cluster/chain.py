@@ -47,10 +47,10 @@ from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError, MvarError, Wri
 from mvar.files import json_lines
 from mvar.files.disk import place
 from mvar.log import log
+from mvar.paths import expanded
 from mvar.run import strikes as strike_file
 from mvar.run.history import History
 from mvar.run.names import newest_step
-from mvar.settings import expanded
 
 BEGIN = {"train": 0, "user error": 2, "leave": 90}
 """Exit codes of `begin`. leave: there is nothing to do for this job."""

@@ -40,9 +40,9 @@ from mvar.config import TrainConfig
 from mvar.ds_config import find_template
 from mvar.errors import MvarError
 from mvar.files.disk import sha256_of, sync_folder, synced, tree_digest
-from mvar.files.remote import is_url
 from mvar.log import log
-from mvar.settings import S, dump, flat, load, written
+from mvar.paths import is_url, written
+from mvar.settings import S, dump, flat, load
 
 SOURCE = shipped.CODE
 """The checkout (or the folder of installed packages) that this very code is read from."""

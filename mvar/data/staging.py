@@ -13,8 +13,9 @@ from pathlib import Path
 from mvar.data.manifest import MANIFEST, FileInfo, Manifest
 from mvar.errors import StoreError
 from mvar.files.disk import STALE_AFTER_S, cannot_write, look_at, make_folder, remove_stale, write_file
-from mvar.files.remote import fetch, is_url, read
+from mvar.files.remote import fetch, read
 from mvar.log import log
+from mvar.paths import is_url
 
 COPIES_AT_ONCE = 4
 

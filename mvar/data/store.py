@@ -32,7 +32,7 @@ from mvar.config import ReaderKind
 from mvar.data import staging
 from mvar.data.manifest import INDEX, QUANTIZER, Manifest, SplitInfo, check_file
 from mvar.errors import StoreError
-from mvar.files.remote import is_url
+from mvar.paths import is_url
 from mvar.tokenizer.files import load_quantizer
 from mvar.tokenizer.quantizer import Quantizer
 

@@ -11,11 +11,6 @@ from mvar.errors import StoreError
 from mvar.files.disk import BLOCK_BYTES, writing
 
 
-def is_url(text: str) -> bool:
-    """Whether `gopen` would open this by a scheme (`https:`, `s3:`, `pipe:`, ...) and not as a path."""
-    return "://" in text or text.startswith("pipe:")
-
-
 def fetch(url: str, path: Path, *, sha256: str | None = None) -> None:
     """Copy `url` (or a local path) to `path`; with `sha256` only what has this digest arrives.
 

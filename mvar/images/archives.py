@@ -15,12 +15,13 @@ from typing import NamedTuple
 from PIL import Image
 
 from mvar.errors import ImageError
-from mvar.files.remote import fetch, is_url
+from mvar.files.remote import fetch
 from mvar.images.listfile import numbered_classes, untrained
 from mvar.images.pixels import LARGEST_BYTES, Rules, decode, too_large
 from mvar.images.sources import SPLITS, Contents, Entry, Item, tar_key
 from mvar.images.splits import role_in
 from mvar.images.walk import IMAGE_SUFFIXES, Evidence, Omissions, evidence_of, is_litter
+from mvar.paths import is_url
 
 LABEL_SUFFIX = ".cls"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mvar.errors import ConfigError
-from mvar.files.remote import is_url
 from mvar.images import archives, listfile
 from mvar.images.pixels import AS_PUBLISHED, FileReader, Rules
 from mvar.images.sources import Contents, Listing, Source, look_into, text_lines
 from mvar.images.walk import is_litter
+from mvar.paths import is_url
 
 Kind = Literal["auto", "folder", "list", "tars"]
 LIST_SUFFIXES = frozenset({".csv", ".txt", ".lst"})

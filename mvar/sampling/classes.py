@@ -12,8 +12,8 @@ from pathlib import Path
 from mvar.checkpoint.record import RECORD, CheckpointRecord
 from mvar.data.manifest import MANIFEST, Manifest
 from mvar.errors import ConfigError, MvarError
-from mvar.files.remote import is_url
 from mvar.images.sources import text_lines
+from mvar.paths import is_url
 from mvar.run.names import folder_of, steps_in
 
 _NUMBERS = re.compile(r"(\d+)(?:-(\d+))?")

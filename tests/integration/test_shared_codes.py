@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from mvar.data.store import CodeStore
@@ -95,11 +96,11 @@ def killed(folder: str, store: str) -> int:
     world = worlds.start(threads=1)
     job = prepare(config(Path(folder), Path(store), data__reader="ram", global_batch=2), world.size)
     hold_codes(job, world)
+    main = world.share(os.getpid())
     if world.is_main:
-        os.kill(os.getpid(), signal.SIGKILL)
-    gone = Path(f"/proc/{os.getppid()}")
-    assert gone.exists()
-    time.sleep(0.2)
+        os.kill(main, signal.SIGKILL)
+    while psutil.pid_exists(main) and psutil.Process(main).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     split = job.store.split("train")
     codes = split.codes(np.arange(50), np.ones(50, np.int64))
     (Path(folder) / "read.json").write_text(json.dumps(codes.tolist()))

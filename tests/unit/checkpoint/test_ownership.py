@@ -62,11 +62,11 @@ def scattered(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[list[Piece
     return held
 
 
-SHAPES = {"a": (7, 5), "b": (3,), "c": (), "d": (16,), "e": (1, 101)}
+SHAPES = {"a": (7, 5), "b": (3,), "c": (), "d": (16,), "e": (1, 61)}
 
 
 @pytest.mark.parametrize("cut", [as_zero3, as_zero2, scattered])
-@pytest.mark.parametrize("ranks", [1, 3, 40])
+@pytest.mark.parametrize("ranks", [1, 40])
 def test_every_element_is_found_where_it_lies(cut: Any, ranks: int) -> None:
     held = cut(SHAPES, ranks)
     ownership = ownership_of([numbers_of(pieces, list(SHAPES)) for pieces in held], SHAPES)
