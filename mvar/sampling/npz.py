@@ -44,7 +44,7 @@ def read_npz(path: Path, count: int, side: int) -> Bytes:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images_NHWC: Bytes = arrays[IMAGES]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ImageError(f"{path}: cannot be read as .npz ({error}). Remove it and draw again.") from None
     expected = (count, side, side, 3)
     if images_NHWC.shape != expected or images_NHWC.dtype != np.uint8:

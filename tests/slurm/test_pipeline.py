@@ -15,8 +15,10 @@ from data_prep.finalize import finalize
 from data_prep.job import TokenizeConfig
 from data_prep.tokenize import tokenize
 from data_prep.verify import verify
+from mvar.cli import main as mvar
 from mvar.settings import load
 from mvar.testing.extractors import write_extractor
+from mvar.testing.tiny_pairs import write_pair
 from mvar.testing.tiny_runs import losses, write_config
 from tests.slurm.harness import ROOT, Cluster, train_log, until
 from tests.stores import LATENT, PATCH_NUMS, VOCAB, image_folder, tiny_tokenizer
@@ -121,6 +123,29 @@ def test_an_array_of_eight_survives_cancelled_tasks_and_a_dead_node(
     cluster.run(*command, cwd=tmp_path)
     assert contents(store) == contents(pristine)
     shutil.rmtree(store)
+
+
+def test_an_array_of_samplers_is_merged_by_the_task_that_ends_last(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task is cancelled; the merge names it, and its second run merges what one process alone would have drawn."""
+    places = write_pair(tmp_path)
+    job_of = ["--num", "60", "--part", "4", "--device", "cpu", "--kind", "tars"]
+    assert mvar(["sample", *places, *job_of, "--out", str(tmp_path / "one"), "--merge", str(tmp_path / "one.npz")]) == 0
+    out, merged = tmp_path / "out", tmp_path / "out.npz"
+    words = [SCRIPTS / "sample.sbatch", *places, *job_of, "--out", out, "--merge", merged]
+    job = cluster.sbatch(*SMALL, "--array=0-3", *words, cwd=tmp_path)
+    until(lambda: cluster.states(job).get(f"{job}_2") == "RUNNING", explain=cluster.tail)
+    cluster.run("scancel", f"{job}_2")
+    assert "CANCELLED" in cluster.wait(job).values()
+    assert not merged.exists()
+    capsys.readouterr()
+    assert mvar(["merge-samples", str(out), "--out", str(merged)]) == 2
+    assert "Run these tasks again: --array=2 (with --tasks 4)" in capsys.readouterr().err
+    script, *others = words
+    again = cluster.sbatch(*SMALL, "--array=2", script, "--tasks", "4", *others, cwd=tmp_path)
+    assert set(cluster.wait(again).values()) == {"COMPLETED"}
+    assert merged.read_bytes() == (tmp_path / "one.npz").read_bytes()
 
 
 def test_a_part_of_an_array_has_to_say_how_many_tasks_there_are(cluster: Cluster, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_numpy_reads_what_was_written_and_equal_images_give_equal_bytes() -> Non
     for file in files:
         write_npz(file, 6, images_NHWC, labels_N)
     assert files[0].getvalue() == files[1].getvalue()
-    with np.load(files[0], allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(files[0].getvalue()), allow_pickle=False) as arrays:
         assert arrays.files == ["arr_0", "arr_1"]
         assert np.array_equal(arrays["arr_0"], images_NHWC)
         assert arrays["arr_1"].dtype == np.int64 and np.array_equal(arrays["arr_1"], labels_N)
@@ -41,7 +41,7 @@ def test_one_image_is_held_at_a_time() -> None:
             buffer[:] = 0
 
     write_npz(file, 6, one_after_the_other(), np.zeros(200, np.int64))
-    assert np.array_equal(np.load(file)["arr_0"], images_NHWC)
+    assert np.array_equal(np.load(io.BytesIO(file.getvalue()))["arr_0"], images_NHWC)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"not a zip"])
