@@ -53,7 +53,7 @@ def watched(command: list[str], threads: int) -> tuple[float, float]:
             peak = max(peak, sum(one.memory_info().rss for one in [own, *own.children(recursive=True)]))
         except psutil.Error:
             break
-        time.sleep(0.05)
+        time.sleep(0.2)
     if process.wait() != 0:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
     return time.perf_counter() - begin_s, peak / GIB
