@@ -46,7 +46,7 @@ OF_RECONSTRUCTIONS = ("frechet", "spatial_frechet", "kernel")
 
 
 class Reconstructed:
-    """PictureSet after the tokenizer. What is lost is added up while they are read."""
+    """Pictures after the tokenizer. What is lost is added up while they are read."""
 
     def __init__(self, pictures: PictureSet, vqvae: VQVAE, device: torch.device, lpips: Lpips | None) -> None:
         self.where, self.size = f"reconstructions of {pictures.where}", pictures.size

@@ -162,7 +162,7 @@ class TorchFidelity:
 
 
 class EfficientNetLite:
-    """EfficientNet-Lite0, trained on ImageNet, from two packages. PictureSet are resized to 224 px, as it was trained."""
+    """EfficientNet-Lite0, trained on ImageNet, from two packages. Pictures are resized to 224 px, as it was trained."""
 
     SIDE = 224
     name = "efflite0"

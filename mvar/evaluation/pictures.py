@@ -89,7 +89,7 @@ class SkipBad:
 
 
 class ListedPictures:
-    """PictureSet of listed files, decoded and cut to size by all cores ahead of who asks for them."""
+    """Pictures of listed files, decoded and cut to size by all cores ahead of who asks for them."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ def samples_of(path: Path, bad: SkipBad, cut: CentreView | None = None) -> Pictu
 
 
 class NpzPictures:
-    """PictureSet in member `arr_0` of an .npz, read block by block: 50,000 of 256 px are 9.8 GB."""
+    """Pictures in member `arr_0` of an .npz, read block by block: 50,000 of 256 px are 9.8 GB."""
 
     def __init__(self, path: Path, where: str) -> None:
         self.path, self.where = path, where

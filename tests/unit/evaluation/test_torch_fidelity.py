@@ -22,7 +22,7 @@ COUNT = 40
 
 
 class Tensors(Dataset[torch.Tensor]):
-    """PictureSet as torch-fidelity takes them: uint8 (3, H, W)."""
+    """Pictures as torch-fidelity takes them: uint8 (3, H, W)."""
 
     def __init__(self, images_NHWC: np.ndarray) -> None:
         self.images = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous()
