@@ -29,7 +29,7 @@ from mvar.evaluation.features import extract
 from mvar.evaluation.fidelity import NEIGHBOURS
 from mvar.evaluation.figures import PARTS, all_figures
 from mvar.evaluation.judging import LabelledImages
-from mvar.evaluation.pictures import CentreView, PictureStream, SkipBad, samples_of
+from mvar.evaluation.pictures import CentreView, PictureSet, SkipBad, samples_of
 from mvar.evaluation.real import RealImages, add_arguments
 from mvar.evaluation.reference import Reference, make_reference, read_reference
 from mvar.evaluation.run_record import add_evaluation
@@ -71,7 +71,7 @@ def differing_names(samples: Path, drawn: dict[str, Any] | None, classes: Sequen
     ]
 
 
-def require_enough(pictures: PictureStream) -> None:
+def require_enough(pictures: PictureSet) -> None:
     """Raises MvarError where precision and recall could not be computed at all."""
     if len(pictures) <= NEIGHBOURS:
         raise MvarError(
@@ -162,7 +162,7 @@ def the_reference(args: argparse.Namespace, extractor: Extractor, size: tuple[in
     return made
 
 
-def require_several_classes(pictures: PictureStream, reference: Reference) -> None:
+def require_several_classes(pictures: PictureSet, reference: Reference) -> None:
     """Raises MvarError where samples of one class would be compared with images of several."""
     labels_N = pictures.labels_N
     if labels_N is not None and (reference.classes or 0) > 1 and int(labels_N.min()) == int(labels_N.max()):

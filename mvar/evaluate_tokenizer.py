@@ -27,7 +27,7 @@ from mvar.evaluation.extractors import Extractor, open_extractor
 from mvar.evaluation.features import extract
 from mvar.evaluation.figures import PARTS, Figure, all_figures
 from mvar.evaluation.lpips import Lpips
-from mvar.evaluation.pictures import I64, PictureStream, SkipBad
+from mvar.evaluation.pictures import I64, PictureSet, SkipBad
 from mvar.evaluation.real import RealImages, add_arguments
 from mvar.evaluation.reference import Reference, make_reference, read_reference
 from mvar.files.disk import write_text
@@ -46,9 +46,9 @@ OF_RECONSTRUCTIONS = ("frechet", "spatial_frechet", "kernel")
 
 
 class Reconstructed:
-    """PictureStream after the tokenizer. What is lost is added up while they are read."""
+    """Pictures after the tokenizer. What is lost is added up while they are read."""
 
-    def __init__(self, pictures: PictureStream, vqvae: VQVAE, device: torch.device, lpips: Lpips | None) -> None:
+    def __init__(self, pictures: PictureSet, vqvae: VQVAE, device: torch.device, lpips: Lpips | None) -> None:
         self.where, self.size = f"reconstructions of {pictures.where}", pictures.size
         self.tally = Tally(vqvae.quantizer.pyramid.num_scales, vqvae.vocab_size)
         self.lpips_sum = 0.0
@@ -63,7 +63,7 @@ class Reconstructed:
 
     @torch.no_grad()
     def blocks(self, batch: int) -> Iterator[Bytes]:
-        """As `PictureStream`: reconstructions, clamped and rounded to bytes."""
+        """As `PictureSet`: reconstructions, clamped and rounded to bytes."""
         for block_BHWC in self._pictures.blocks(batch):
             images_BCHW = from_uint8(block_BHWC)
             with ieee(self._device):

@@ -16,7 +16,7 @@ from mvar.sampling.pictures import Picture
 
 
 class DrawnPictures:
-    """What `painter` draws of `pictures`, as `evaluation.pictures.PictureStream`; blocks are the painter's batches."""
+    """What `painter` draws of `pictures`, as `evaluation.pictures.PictureSet`; blocks are the painter's batches."""
 
     def __init__(self, where: str, pictures: Sequence[Picture], painter: Painter, size_px: int) -> None:
         self.where, self._pictures, self._painter, self._size_px = where, pictures, painter, size_px

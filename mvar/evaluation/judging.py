@@ -14,7 +14,7 @@ from torch import Tensor
 from mvar.errors import ImageError
 from mvar.evaluation.classifier import Classifier, judge
 from mvar.evaluation.fidelity import frechet_distance, inception_score, kernel_distance, precision_recall
-from mvar.evaluation.pictures import PictureStream
+from mvar.evaluation.pictures import PictureSet
 from mvar.images.arrays import Bytes
 
 BATCH = 256
@@ -28,7 +28,7 @@ class LabelledImages:
     labels_N: Tensor
 
     @classmethod
-    def read(cls, pictures: PictureStream) -> LabelledImages:
+    def read(cls, pictures: PictureSet) -> LabelledImages:
         """All of them, in memory. Raises ImageError."""
         images_NHWC = np.concatenate(list(pictures.blocks(BATCH)))
         if pictures.labels_N is None:

@@ -37,7 +37,7 @@ NUMBERS = tuple(map(str, range(1 << 16)))
 I64 = NDArray[np.int64]
 
 
-class PictureStream(Protocol):
+class PictureSet(Protocol):
     """A finite, ordered set of RGB pictures of one size."""
 
     @property
@@ -89,7 +89,7 @@ class SkipBad:
 
 
 class ListedPictures:
-    """PictureStream of listed files, decoded and cut to size by all cores ahead of who asks for them."""
+    """Pictures of listed files, decoded and cut to size by all cores ahead of who asks for them."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class ListedPictures:
         return len(self._items)
 
     def blocks(self, batch: int) -> Iterator[Bytes]:
-        """As `PictureStream`; damaged ones are left out, and their labels too, as far as `bad` allows."""
+        """As `PictureSet`; damaged ones are left out, and their labels too, as far as `bad` allows."""
         block: list[Bytes] = []
         kept: list[int] = []
         for number, found in enumerate(self._decoded(2 * batch)):
@@ -175,7 +175,7 @@ class AsItIs:
         return pixels
 
 
-def samples_of(path: Path, bad: SkipBad, cut: CentreView | None = None) -> PictureStream:
+def samples_of(path: Path, bad: SkipBad, cut: CentreView | None = None) -> PictureSet:
     """What `mvar sample` or another program drew: class folders of pictures named by number, tars, or an .npz.
 
     `cut`: how files become pictures, if not as they are. Raises ImageError.
@@ -210,7 +210,7 @@ def samples_of(path: Path, bad: SkipBad, cut: CentreView | None = None) -> Pictu
 
 
 class NpzPictures:
-    """PictureStream in member `arr_0` of an .npz, read block by block: 50,000 of 256 px are 9.8 GB."""
+    """Pictures in member `arr_0` of an .npz, read block by block: 50,000 of 256 px are 9.8 GB."""
 
     def __init__(self, path: Path, where: str) -> None:
         self.path, self.where = path, where
@@ -230,7 +230,7 @@ class NpzPictures:
         return self._count
 
     def blocks(self, batch: int) -> Iterator[Bytes]:
-        """As `PictureStream`. Raises ImageError where the file ends early or its checksum is wrong."""
+        """As `PictureSet`. Raises ImageError where the file ends early or its checksum is wrong."""
         height, width = self.size
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as member:

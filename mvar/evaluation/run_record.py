@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvar.evaluation import EVALUATIONS
-from mvar.evaluation.extractors import ExtractorIdentity
+from mvar.evaluation.extractors import FeatureKind
 from mvar.evaluation.reference import Reference
 from mvar.files.disk import cannot_write
 from mvar.files.json_lines import append
@@ -25,7 +25,7 @@ def add_evaluation(
     step: int,
     images: int,
     figures: Mapping[str, float],
-    identity: ExtractorIdentity,
+    identity: FeatureKind,
     reference: Reference,
     drawn: Mapping[str, Any],
 ) -> None:

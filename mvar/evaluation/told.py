@@ -11,7 +11,7 @@ import numpy as np
 import PIL
 import torch
 
-from mvar.evaluation.extractors import ExtractorIdentity
+from mvar.evaluation.extractors import FeatureKind
 from mvar.evaluation.features import Features
 from mvar.evaluation.fidelity import NEIGHBOURS, ORDER_SEED
 from mvar.evaluation.figures import MANIFOLD, Figure, parts_of
@@ -37,14 +37,14 @@ NAMES = {
 }
 
 
-def frechet_name(identity: ExtractorIdentity) -> str:
+def frechet_name(identity: FeatureKind) -> str:
     """FID with Inception's features, and another name with any others."""
     if identity.inception:
         return "FID"
     return f"FD-{identity.name}" if identity.name == "efflite0" else "FD"
 
 
-def keys(figures: Mapping[str, Figure], identity: ExtractorIdentity) -> dict[str, float]:
+def keys(figures: Mapping[str, Figure], identity: FeatureKind) -> dict[str, float]:
     """Figures by the names that they have in JSON: `fid`, `fid_error`, `fid_floor`, ..."""
     flat: dict[str, float] = {}
     for name, figure in figures.items():
@@ -55,7 +55,7 @@ def keys(figures: Mapping[str, Figure], identity: ExtractorIdentity) -> dict[str
     return flat
 
 
-def short_key(name: str, identity: ExtractorIdentity) -> str:
+def short_key(name: str, identity: FeatureKind) -> str:
     """Of a figure in JSON."""
     if name == "frechet":
         return frechet_name(identity).lower().replace("-", "_")
@@ -65,7 +65,7 @@ def short_key(name: str, identity: ExtractorIdentity) -> str:
 
 
 def caveats(
-    samples: Features, reference: Reference, identity: ExtractorIdentity, drawn: Mapping[str, Any] | None
+    samples: Features, reference: Reference, identity: FeatureKind, drawn: Mapping[str, Any] | None
 ) -> list[str]:
     """Everything that can be seen and that would make a figure another than the papers'."""
     lines = []
@@ -148,7 +148,7 @@ def _without_names(tree: Mapping[str, Any]) -> dict[str, Any]:
 def context_of(
     samples: Features,
     reference: Reference,
-    identity: ExtractorIdentity,
+    identity: FeatureKind,
     drawn: Mapping[str, Any] | None,
     places: Mapping[str, Any],
     parts: int,
@@ -186,7 +186,7 @@ def context_of(
 
 
 def screen(
-    figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: list[str], identity: ExtractorIdentity
+    figures: Mapping[str, Figure], context: Mapping[str, Any], warnings: list[str], identity: FeatureKind
 ) -> str:
     """Everything that a reader has to know, on one screen."""
     lines = [f"{'':22}{'samples':>12}{'+-':>14}{'real images':>14}"]

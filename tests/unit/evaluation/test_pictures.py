@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mvar.errors import ImageError
-from mvar.evaluation.pictures import CentreView, NpzPictures, PictureStream, SkipBad, samples_of
+from mvar.evaluation.pictures import CentreView, NpzPictures, PictureSet, SkipBad, samples_of
 from mvar.images.arrays import Bytes, save_png
 
 LABELS = np.repeat([3, 7], 5)
@@ -39,7 +39,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory, images_NHWC: Bytes) -> dict[
     return {name: root / name for name in ("folder", "tars", "plain.npz", "packed.npz")}
 
 
-def _all(pictures: PictureStream, batch: int = 4) -> Bytes:
+def _all(pictures: PictureSet, batch: int = 4) -> Bytes:
     blocks = list(pictures.blocks(batch))
     assert [len(block) for block in blocks] == [4, 4, 2]
     return np.concatenate(blocks)

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvar.evaluation.extractors import ExtractorIdentity
+from mvar.evaluation.extractors import FeatureKind
 from mvar.evaluation.features import Features
 from mvar.evaluation.figures import Figure
 from mvar.evaluation.moments import Gaussian, Moments
 from mvar.evaluation.reference import Reference
 from mvar.evaluation.told import caveats, frechet_name, keys
 
-INCEPTION = ExtractorIdentity("inception-2015-12-05.pt", "ab" * 32, True, "torch")
+INCEPTION = FeatureKind("inception-2015-12-05.pt", "ab" * 32, True, "torch")
 PUBLISHED: dict[str, Any] = {
     "options": {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "smooth": False, "temperature": 1.0, "guidance": "ramp"},
     "counts": {str(label): 50 for label in range(1000)},
@@ -35,8 +35,8 @@ def test_nothing_is_warned_of_where_all_is_as_in_papers() -> None:
 
 
 def test_each_difference_from_papers_is_told() -> None:
-    published, other = PUBLISHED["options"], ExtractorIdentity("efflite0", "ab" * 32, False, "torch")
-    cases: list[tuple[str, Features, Reference, ExtractorIdentity, Any]] = [
+    published, other = PUBLISHED["options"], FeatureKind("efflite0", "ab" * 32, False, "torch")
+    cases: list[tuple[str, Features, Reference, FeatureKind, Any]] = [
         ("biased", _samples(49_000, 1000), _reference(), INCEPTION, None),
         ("from 49 to 50 samples", _samples(49_999), _reference(), INCEPTION, PUBLISHED),
         ("record says 50,000", _samples(49_000), _reference(), INCEPTION, PUBLISHED),
@@ -59,7 +59,7 @@ def test_each_difference_from_papers_is_told() -> None:
 
 def test_only_inceptions_distance_is_called_fid() -> None:
     figures = {"frechet": Figure(2.0, 0.1, 1.0), "inception_score": Figure(300.0)}
-    efflite, own = (ExtractorIdentity(name, "ab" * 32, False, "torch") for name in ("efflite0", "own.pt"))
+    efflite, own = (FeatureKind(name, "ab" * 32, False, "torch") for name in ("efflite0", "own.pt"))
     assert keys(figures, INCEPTION) == {"fid": 2.0, "fid_error": 0.1, "fid_floor": 1.0, "inception_score": 300.0}
     assert set(keys(figures, efflite)) == {"fd_efflite0", "fd_efflite0_error", "fd_efflite0_floor", "class_score"}
     assert [frechet_name(identity) for identity in (INCEPTION, efflite, own)] == ["FID", "FD-efflite0", "FD"]
