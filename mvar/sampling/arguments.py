@@ -12,7 +12,7 @@ from mvar.sampling.options import DEFAULTS, Guidance, SamplingOptions
 from mvar.sampling.packing import Kind
 from mvar.sampling.painter import CPU_BATCH
 from mvar.sampling.pictures import BALANCED, PER_CLASS
-from mvar.sampling.planning import MANY, PART_BATCHES
+from mvar.sampling.planning import LEAST_PART, MANY
 from mvar.sampling.precision import PRECISIONS
 
 ROWS, COLUMNS = 20, 8
@@ -67,7 +67,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     add("--task", type=int, default=0, help="number of this task, from 0 (default 0)")
     add("--batch", type=int, help="images drawn together (default: what the GPU's memory holds; on a CPU "
         f"{CPU_BATCH} on each core)")  # fmt: skip
-    add("--part", type=int, help=f"images of a part (default: {PART_BATCHES} batches)")
+    add("--part", type=int, help=f"images of a part (default: a batch, or as many as hold {LEAST_PART} images)")
     add("--compile", choices=("auto", "on", "off"), default="auto", help=f"auto: on GPUs from {MANY} images on")
     add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs; auto: on GPUs")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")

@@ -25,8 +25,8 @@ from mvar.sampling.precision import SamplePrecision, arithmetic, choose
 
 MANY = 2000
 """Images from which compiling, a minute or two, pays."""
-PART_BATCHES = 4
-"""Batches of a part where nothing is asked for: at most so many are drawn again after a kill."""
+LEAST_PART = 64
+"""Images of a part at least, in whole batches: small ones share out evenly and lose little in a kill."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Request:
             device=self.device.type,
             compiled=compiled,
             batch=batch,
-            part=self.part or (pinned.part if pinned is not None else PART_BATCHES * batch),
+            part=self.part or (pinned.part if pinned is not None else -(-LEAST_PART // batch) * batch),
             kind=self.kind,
             size_px=self.source.tokenizer.image_size,
             counts=self.counts,
