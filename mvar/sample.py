@@ -57,7 +57,8 @@ def request_of(args: argparse.Namespace) -> Request:
         batch=args.batch,
         part=args.part,
         classes=names,
-        made=made_by(device) | {"weights": str(source.where), "ema": args.ema, "tokenizer": str(args.tokenizer)},
+        made=made_by(device)
+        | {"weights": str(source.where), "step": source.step, "ema": args.ema, "tokenizer": str(args.tokenizer)},
     )
 
 

@@ -47,6 +47,8 @@ class Weights:
     read: Callable[[str], Tensor]
     precision: Precision | None = None
     """The arithmetic that they were trained in, where that is known."""
+    step: int | None = None
+    """Of a checkpoint."""
 
 
 def open_weights(path: Path, *, step: int | None = None, kind: str = WEIGHT, digests: bool = True) -> Weights:
@@ -120,7 +122,9 @@ def _of_checkpoint(folder: Path, kind: str) -> Weights:
         return reader.read(name, kind, 0, shape.numel()).view(shape)
 
     precision = _precision(record.config.get("engine", {}).get("precision"))
-    return Weights(folder, ModelConfig.model_validate(record.model), record.shapes, read, precision)
+    return Weights(
+        folder, ModelConfig.model_validate(record.model), record.shapes, read, precision, record.progress.step
+    )
 
 
 def _precision(name: object) -> Precision | None:

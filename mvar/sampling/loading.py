@@ -32,6 +32,8 @@ class ModelPair:
     state: dict[str, Tensor]
     tokenizer: VQVAE
     trained: Precision | None
+    step: int | None = None
+    """Of the checkpoint, if it is one."""
 
     @classmethod
     def load(cls, weights: Path, tokenizer: Path, *, step: int | None = None, ema: bool = False) -> ModelPair:
@@ -41,7 +43,7 @@ class ModelPair:
         config = opened.config
         if config.num_classes is None:
             raise ConfigError(f"--weights {weights}: its configuration has no number of classes.")
-        source = cls(opened.path, config, config.num_classes, {}, vqvae, opened.precision)
+        source = cls(opened.path, config, config.num_classes, {}, vqvae, opened.precision, opened.step)
         check_geometry(source._empty(), vqvae.quantizer)
         source.state.update((name, opened.read(name)) for name in opened.shapes)
         return source
