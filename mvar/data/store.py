@@ -217,6 +217,8 @@ class Split:
         """Read all codes into `resident`, an array of `shape`. Raises StoreError."""
         for number, info in enumerate(self._shards):
             check_file(self._folder, info, digest=False)
+            if not info.samples:
+                continue
             words = self._checked(number, np.fromfile(self._folder / info.name, dtype=np.uint8))
             windows = np.lib.stride_tricks.sliding_window_view(words, self.tokens)
             own = slice(*self._first_sample[number : number + 2])

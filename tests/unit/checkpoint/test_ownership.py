@@ -94,7 +94,7 @@ def test_a_parameter_that_all_ranks_share_is_one_row() -> None:
 
 
 def test_the_record_of_many_ranks_stays_small(tmp_path: Path) -> None:
-    """A d32 has 714 parameters: of 1,024 ranks that were 731,136 rows."""
+    """As many parameters as a large model's: of 1,024 ranks that were 731,136 rows."""
     alone: Any = HandMade(values(1))
     record = CheckpointRecord.read(save(tmp_path, alone, ALONE, Progress(1), identity()))
     shapes = {f"blocks.{number // 20}.part{number % 20}.weight": (2048, 2048) for number in range(714)}

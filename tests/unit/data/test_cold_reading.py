@@ -63,3 +63,8 @@ def test_an_error_in_a_thread_is_the_readers(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(split, "_open", damaged)
     with pytest.raises(StoreError, match=r"train-000000\.tar: damaged"):
         split.codes(np.arange(5), np.zeros(5, np.int64))
+
+
+def test_a_shard_without_samples_is_no_obstacle_to_loading(tmp_path: Path) -> None:
+    store = CodeStore.open(make_store(tmp_path / "store", train=5, val=0), reader="ram")
+    assert len(store.split("train")) == 5 and len(store.split("val")) == 0
