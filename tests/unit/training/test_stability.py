@@ -18,6 +18,7 @@ def step(loss: float = 6.0, norm: float | None = 1.0, *, skipped: bool = False, 
         "bad_samples": [],
         "loss_scale": None,
         "votes": Votes(),
+        "forward_s": [0.1],
     }
     averages = Averages(8, loss, [loss], 0.04, [0.04])
     return StepResult(averages=averages, grad_norm=norm, skipped=skipped, **(whole | changes))  # type: ignore[arg-type]
