@@ -201,20 +201,24 @@ def precision_recall(
 
 def radii(features_NF: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """Distance of each image to its k-th neighbour in its own set, which must have more than k images."""
-    found = []
-    for begin, end in _blocks((0, len(features_NF)), ROWS):
+    count, device = len(features_NF), features_NF.device
+    nearest_Nk = torch.full((count, neighbours), math.inf, dtype=torch.float64, device=device)
+
+    def see(rows: slice, distances: Tensor) -> None:
+        few = distances.topk(min(neighbours, distances.shape[1]), dim=1, largest=False).values
+        nearest_Nk[rows] = torch.cat([nearest_Nk[rows], few], dim=1).topk(neighbours, dim=1, largest=False).values
+
+    for begin, end in _blocks((0, count), ROWS):
         rows_BF = features_NF[begin:end].double()
-        nearest: Tensor | None = None
-        for left, right in _blocks((0, len(features_NF)), COLUMNS):
+        for left, right in _blocks((begin, count), COLUMNS):  # From the diagonal on: a pair is looked at once.
             distances = torch.cdist(rows_BF, features_NF[left:right].double())
-            if left < end and begin < right:  # An image's distance to itself is 0; rounding may say more.
-                own = torch.arange(max(begin, left), min(end, right), device=features_NF.device)
-                distances[own - begin, own - left] = 0
-            few = distances.topk(min(neighbours + 1, right - left), dim=1, largest=False).values
-            nearest = few if nearest is None else torch.cat([nearest, few], dim=1)
-        assert nearest is not None
-        found.append(nearest.topk(neighbours + 1, dim=1, largest=False).values[:, -1])
-    return torch.cat(found)
+            if left == begin:
+                distances[:, : end - begin].fill_diagonal_(math.inf)  # An image is no neighbour of itself.
+            see(slice(begin, end), distances)
+            later = max(left, end)
+            if later < right:  # What lies behind these rows sees them too.
+                see(slice(later, right), distances[:, later - left :].T)
+    return nearest_Nk[:, -1]
 
 
 # --- Inception score -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Without a store the same choices are options, as `mvar tokenize` has them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -56,8 +56,8 @@ class RealImages:
     resize: float
     rules: Rules
     val_fraction: float
-    left_out: frozenset[str] = field(default_factory=frozenset)
-    """Keys that the store left out as damaged."""
+    left_out: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Keys that the store left out as damaged, by split: two splits may have an image of one key."""
     store: Path | None = None
 
     @classmethod
@@ -84,9 +84,9 @@ class RealImages:
                 "--source-kind, that were tokenized."
             )
         size = int(transform["size"])
-        left_out = {entry.key for split in manifest.splits.values() for entry in split.quarantine}
+        left_out = {name: frozenset(entry.key for entry in split.quarantine) for name, split in manifest.splits.items()}
         resize = transform["resize_shorter_side"] / size
-        return cls(source, size, resize, rules, val_fraction, frozenset(left_out), args.store)
+        return cls(source, size, resize, rules, val_fraction, left_out, args.store)
 
     @classmethod
     def _plain(cls, args: argparse.Namespace, size: int | None, val_fraction: float) -> RealImages:
@@ -99,9 +99,10 @@ class RealImages:
             raise ConfigError("--size: say how many pixels a side the images are compared at, or give --store.")
         return cls(_listed(args, rules, share), size, args.resize or RESIZE, rules, share)
 
-    def pick(self, split: str, count: int | None, skip: Sequence[Item] = ()) -> list[Item]:
+    def pick(self, split: str, count: int | None) -> list[Item]:
         """The images of a split without what the store left out; `count` of them, evenly chosen by a fixed order."""
-        items = [item for item in self.source.splits[split] if item.key not in self.left_out]
+        left_out = self.left_out.get(split, frozenset())
+        items = [item for item in self.source.splits[split] if item.key not in left_out]
         if count is None or count >= len(items):
             return items
         chosen = np.zeros(len(items), dtype=bool)
@@ -133,7 +134,7 @@ class RealImages:
             "filter": "lanczos",
             **self.rules.describe(),
             "val_fraction": self.val_fraction,
-            "left_out": len(self.left_out),
+            "left_out": sum(map(len, self.left_out.values())),
             "classes": len(self.source.classes),
         }
 

@@ -1,6 +1,8 @@
 """`mvar evaluate` and `mvar reference` as papers use them, with a small TorchScript file in Inception's place."""
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +253,28 @@ class NotANumber(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().flatten(1)[:, :32] / (1.0 if images.shape[-1] == 64 else 0.0)
+
+
+def test_folders_lists_and_tars_of_the_same_images_give_the_same_figures(root: Path, tmp_path: Path) -> None:
+    files = sorted((root / "images/train").glob("*/*.png"))
+    lines = [f"{path},{path.parent.name}" for path in files]
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for path in files:
+            name, label = f"{path.parent.name}-{path.stem}", ["cat", "dog"].index(path.parent.name)
+            for suffix, content in ((".png", path.read_bytes()), (".cls", str(label).encode())):
+                info = tarfile.TarInfo(name + suffix)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    sources = (root / "images/train", tmp_path / "list.csv", tmp_path / "train.tar")
+    options = ("--resize", 1.25, "--skip-bad", 1)
+    figures = [measured(root, "--images", source, *options)["figures"] for source in sources]
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_damaged_images_stop_an_evaluation_unless_they_may_be_left_out(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "cat/007" in refused(root, capsys, "--images", root / "images", "--resize", 1.25)
+    by_store = measured(root, "--images", root / "images", "--store", root / "codes")["figures"]
+    assert measured(root, "--images", root / "images", "--resize", 1.25, "--skip-bad", 1)["figures"] == by_store
