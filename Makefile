@@ -32,8 +32,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 demo: setup
 	$(BIN)/python -m mvar.demo $(if $(DEMO_IMAGES),--images $(DEMO_IMAGES) --out demo-own)
 
+# Two at once, each with one thread: most tests are one thread's work. A file's tests stay together, and share what is costly.
 test: setup-dev
-	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 -m "not slow and not slurm and not gpu"
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
