@@ -116,7 +116,7 @@ submit sample "afterany:$id" --array="0-$((sample_tasks - 1))" --gpus-per-node=$
   --weights "$out/run" --tokenizer "$tokenizer" --per-class "$per_class" --out "$out/samples" --grid "$out/grid.png" \
   ${sample[@]+"${sample[@]}"}
 if [ -n "$features" ]; then
-  how=(--features "$features" --store "$out/codes" --reference "$out/reference.npz" --run "$out/run")
+  how=(--features "$features" --store "$out/codes" --reference "$out/reference.npz")
 else
   how=(--classifier "$out/classifier.safetensors" --size "$size")
 fi

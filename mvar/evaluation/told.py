@@ -214,10 +214,7 @@ def screen(
         ),
         ("drawn with", _drawn(context["drawn_with"])),
         ("reference", f"{of}: {_number(reference['images'])} images; sha256 {_short(context['reference_sha256'])}"),
-        (
-            "real images",
-            f"{_number(floor_images)} in the samples' place ({reference.get('floor_of') or 'half against half'})",
-        ),
+        ("real images", _floor(floor_images, reference.get("floor_of"))),
         ("features", f"{identity.name} (mvar {__version__}, {identity.how}); sha256 {_short(identity.sha256)}"),
         (
             "how",
@@ -239,6 +236,10 @@ def _drawn(drawn: Mapping[str, Any] | None) -> str:
     parts = [part for part in parts if not part.endswith(" None")]
     parts += [f"{key} {_short(str(found_in(drawn, key)))}" for key in ("weights", "tokenizer") if found_in(drawn, key)]
     return ", ".join(parts)
+
+
+def _floor(images: int | None, of: str | None) -> str:
+    return "left out" if images is None else f"{images:,} in the samples' place ({of or 'half against half'})"
 
 
 def _px(size: tuple[int, int]) -> str:

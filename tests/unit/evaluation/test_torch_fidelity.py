@@ -49,7 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.endswith("conv.weight"):
             torch.nn.init.kaiming_normal_(value, nonlinearity="relu")
         elif name == "fc.weight":
-            value.normal_(0, 4)
+            value.normal_(0, 0.5)
     torch.save(network.state_dict(), path)
     return path
 
@@ -61,7 +61,7 @@ def _pictures(seed: int, low: int, high: int) -> np.ndarray:
 
 
 def test_figures_agree_to_a_thousandth(weights: Path, tmp_path: Path) -> None:
-    samples, real = _pictures(1, 0, 240), _pictures(2, 5, 245)
+    samples, real = _pictures(1, 0, 220), _pictures(2, 10, 256)
     np.savez(tmp_path / "samples.npz", arr_0=samples)
     np.savez(tmp_path / "real.npz", arr_0=real)
     places = ["--samples", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "real.npz")]
@@ -104,7 +104,7 @@ def test_figures_agree_to_a_thousandth(weights: Path, tmp_path: Path) -> None:
     for our_name, their_name in pairs.items():
         print(our_name, ours[our_name], theirs[their_name])
         assert ours[our_name] == pytest.approx(theirs[their_name], rel=1e-3), our_name
-    assert ours["inception_score"] > 1.2 and ours["fid"] > 0.01, "figures that could not agree by being nothing"
+    assert ours["inception_score"] > 1.005 and ours["kid"] > 1e-3, "torch-fidelity sums KID in float32"
     assert ours["sfid"] > 0
 
 
