@@ -121,4 +121,4 @@ else
   how=(--classifier "$out/classifier.safetensors" --size "$size")
 fi
 submit evaluate "afterok:$id" --gpus-per-node=$one_gpu --output="$log-%j.log" -- \
-  --samples "$out/samples" --images "$images" --json "$out/figures.json" "${how[@]}" ${evaluate[@]+"${evaluate[@]}"}
+  --samples "$out/samples" --images "$images" --json "$out/figures.json" ${how[@]+"${how[@]}"} ${evaluate[@]+"${evaluate[@]}"}

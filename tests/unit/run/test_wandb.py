@@ -164,6 +164,7 @@ def test_the_real_client_keeps_a_run_over_a_rollback_and_a_restart(
         with tracker(folder, resumed_step=resumed, wandb="offline") as track:
             for step in range(resumed + 1, last + 1):
                 track.write("train", step, **(TRAIN | {"loss": float(100 * resumed + step)}))
+        time.sleep(1.1)  # The client names segments by the second.
     segments = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(segments) == 3
     kept = [rows_and_axes(path) for path in segments]

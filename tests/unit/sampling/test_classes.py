@@ -8,7 +8,7 @@ import pytest
 from mvar.checkpoint.record import FORMAT_VERSION, RECORD, CheckpointRecord, Progress
 from mvar.data.manifest import MANIFEST, Manifest
 from mvar.errors import ConfigError
-from mvar.evaluate import differing_names
+from mvar.evaluate import differing_names, record_beside
 from mvar.sampling.classes import class_names, parse_classes
 from tests.stores import synthetic_store
 
@@ -105,10 +105,13 @@ def test_names_come_from_the_store_that_a_run_was_trained_on(tmp_path):
 
 
 def test_other_names_than_those_of_the_samples_are_told(tmp_path):
-    assert differing_names(tmp_path, ("cat", "dog")) == []
+    def told(*classes: str) -> list[str]:
+        return differing_names(tmp_path, record_beside(tmp_path), classes)
+
+    assert told("cat", "dog") == []
     (tmp_path / "sample.json").write_text(json.dumps({"seed": 0}))
-    assert differing_names(tmp_path, ("cat", "dog")) == []
+    assert told("cat", "dog") == []
     (tmp_path / "sample.json").write_text(json.dumps({"classes": ["cat", "dog", "2"]}))
-    assert differing_names(tmp_path, ("cat", "dog", "bird")) == []
-    (line,) = differing_names(tmp_path, ("bird", "cat", "dog"))
+    assert told("cat", "dog", "bird") == []
+    (line,) = told("bird", "cat", "dog")
     assert "2 classes were called otherwise" in line and "class number 0 was 'cat', and is 'bird'" in line

@@ -39,7 +39,7 @@ def test_of_two_that_begin_at_once_one_settles_for_both(
 ) -> None:
     """GPUs with more and less free memory: each has looked before the other wrote."""
     batches, read, blind = iter((32, 8)), SampleJob.read, False
-    monkeypatch.setattr(Request, "_fitting_batch", lambda *_: next(batches))
+    monkeypatch.setattr(Request, "fitting_batch", lambda *_: next(batches))
 
     def look(out: Path) -> SampleJob | None:
         nonlocal blind
