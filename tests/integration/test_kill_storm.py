@@ -160,7 +160,7 @@ class Storm:
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if not k.endswith("_s") and k != "memory_gib"}
+    return {k: v for k, v in record.items() if not k.endswith("_s") and k not in ("memory_gib", "slowest_rank")}
 
 
 def tensors_of(run: Path, kind: str) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def read_late(world: World, trees: dict[str, Any]) -> list[str]:
                 while underway and (len(underway) > 1 or step == 4 or not late):
                     results.append(engine.result(underway.pop(0)))
                     worst.append(engine.worst_samples(3))
+            results = [replace(result, forward_s=[]) for result in results]
             told.append((repr(results), worst, weights_of(engine)))
         assert told[0] == told[1]
         assert [result.skipped for result in results] == [False, False, True, False, False]
