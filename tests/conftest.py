@@ -13,11 +13,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.fixture(autouse=True)
-def environment_as_it_was() -> Iterator[None]:
-    """A command called inside a test may set what its process needs (`engine.deterministic`): no later test sees it."""
+def _restore_environment() -> Iterator[None]:
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """A command called inside a test may set what its process needs (`engine.deterministic`): no later test sees it."""
+    yield from _restore_environment()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_a_file() -> Iterator[None]:
+    """The same for what the fixtures of a whole file set (`keep_freed_memory`): no later file sees it."""
+    yield from _restore_environment()
