@@ -41,7 +41,7 @@ test-slow: setup-dev
 
 # Starts a Slurm cluster of virtual nodes; without its packages, or without root, these tests skip and say why.
 test-slurm: setup-dev
-	$(BIN)/python -m pytest -m slurm --durations=0 --durations-min=1 tests/slurm
+	$(BIN)/python -m pytest -m "slurm and not slow" --durations=0 --durations-min=1 tests/slurm
 
 # For a machine with a GPU, with the Python that is there: the .venv, or one that a bundle made ready (docs/gpu.md).
 test-gpu:
