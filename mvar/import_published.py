@@ -85,7 +85,7 @@ def told(model: HubModel, files: int) -> str:
         "scales": f"{', '.join(map(str, config.patch_nums))}: {model.tokenizer.image_size} px",
         "classes": f"{config.num_classes}",
         "checked": f"{len(model.weights.shapes)} parameters and the tokenizer, names and shapes",
-        "paper": f"{options}; {'no figures of this model' if paper is None else paper}",
+        "paper": f"{options}; {'no figures of this model' if paper is None else f'published: {paper}'}",
     }
     rows |= {file: f"{record.bytes:,} bytes, sha256 {record.sha256}" for file, record in model.source.items()}
     width = max(map(len, rows)) + 2

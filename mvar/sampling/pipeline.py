@@ -120,7 +120,7 @@ class MVARPipeline:
     def to(self, device: str | torch.device) -> MVARPipeline:
         """Move model and tokenizer. The arithmetic stays: `from_pretrained` chooses it for the device it is given."""
         self.model.to(device)
-        self.tokenizer.to(device)
+        self.tokenizer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @torch.no_grad()
