@@ -80,8 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file, 10^9 bytes (default 5)"
     )
-    parser.add_argument("--out", type=Path, help="file or folder to write; or, without --out:")
-    parser.add_argument("place", type=Path, nargs="?", metavar="DIR", help="the same")
+    parser.add_argument("--out", type=Path, help="file or folder to write")
+    parser.add_argument("place", type=Path, nargs="?", metavar="DIR", help="the same, without --out")
     parser.add_argument("--tokenizer", type=Path, help="with --to hub: file of the tokenizer that made the codes")
     add_hub_options(parser)
     args = parser.parse_args(argv)
@@ -93,8 +93,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     elif (args.out.suffix == ".pth") != (args.to == "published"):
         expected = "a name that ends in .pth" if args.to == "published" else "NAME.safetensors, or a folder"
         raise MvarError(f"--out {args.out}: --to {args.to} writes {expected}.")
-    if args.to != "hub" and args.tokenizer is not None:
-        raise MvarError(f"--tokenizer: --to {args.to} writes the model's weights alone. Use --to hub.")
+    for name in ("tokenizer", "license", "figures", "grid", "class_names"):
+        if args.to != "hub" and getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise MvarError(f"--{flag}: --to {args.to} writes the model's weights alone. Use --to hub.")
     if args.to == "published" and args.dtype != "fp32":
         raise MvarError(f"--dtype {args.dtype}: the published layout is fp32.")
     if not args.shard_gb > 0:

@@ -39,7 +39,7 @@ def model_card(
         "An [M-VAR](https://arxiv.org/abs/2411.10433): class-conditional images, drawn scale by scale, with attention "
         "inside a scale and Mamba-2 across scales.\n",
         *([f"![samples, one class a row]({GRID})\n"] if with_grid else []),
-        _use(config, preprocessing),
+        _use(name, config, preprocessing),
         _facts(config, preprocessing, tokenizer, parameters),
         _images(preprocessing),
         *([_measured(figures)] if figures is not None else []),
@@ -49,7 +49,7 @@ def model_card(
     return "\n".join(sections)
 
 
-def _use(config: HubConfig, preprocessing: Preprocessing) -> str:
+def _use(name: str, config: HubConfig, preprocessing: Preprocessing) -> str:
     classes = preprocessing.classes
     labels = list(range(min(2, config.model.num_classes or 1))) if classes is None else list(classes[:2])
     seeds = list(range(len(labels)))
@@ -58,7 +58,7 @@ def _use(config: HubConfig, preprocessing: Preprocessing) -> str:
 ```python
 from mvar import MVARPipeline
 
-pipe = MVARPipeline.from_pretrained("this folder, or owner/name")
+pipe = MVARPipeline.from_pretrained({json.dumps(name)})  # the path of this folder, or owner/name
 images = pipe({labels}, seeds={seeds}).images
 images[0].save("sample.png")
 ```

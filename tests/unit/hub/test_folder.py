@@ -94,6 +94,13 @@ def test_the_card_says_what_is_known_and_what_is_not(hub: Path, pair: Path, tmp_
     assert f"| parameters | {parameters:,} |" in card
 
 
+def test_the_code_of_the_card_runs(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(hub, tmp_path / hub.name)
+    monkeypatch.chdir(tmp_path)
+    exec((hub / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    assert Image.open(tmp_path / "sample.png").size == (8, 8)
+
+
 def test_the_grid_is_drawn_where_it_is_asked_for(pair: Path, tmp_path: Path) -> None:
     assert export(arguments(pair, tmp_path / "out", "--grid", "draw")) == 0
     picture = np.asarray(Image.open(tmp_path / "out/samples.png"))
@@ -185,8 +192,9 @@ def test_options_of_a_hub_folder_are_refused_elsewhere(pair: Path, tmp_path: Pat
         export([*weights, "--to", "hub", str(tmp_path / "out")])
     with pytest.raises(MvarError, match="writes a folder"):
         export([*weights, "--to", "hub", "--tokenizer", "t", str(tmp_path / "w.pth")])
-    with pytest.raises(MvarError, match="Use --to hub"):
-        export([*weights, "--tokenizer", "t", "--out", str(tmp_path / "w.safetensors")])
+    for flag in ("--tokenizer", "--license", "--class-names"):
+        with pytest.raises(MvarError, match=rf"^{flag}: .* Use --to hub"):
+            export([*weights, flag, "t", "--out", str(tmp_path / "w.safetensors")])
 
 
 def damaged(hub: Path, tmp_path: Path, file: str, text: str | None) -> Path:
