@@ -93,10 +93,14 @@ def _images(preprocessing: Preprocessing) -> str:
     if preprocessing.transform is None:
         lines.append("How they were resized and cut for the training is not known.")
     else:
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in preprocessing.transform.items())
+        told = ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in preprocessing.transform.items())
         lines.append(f"For the training they were cut so: {told}.")
     known = "has the classes' names" if preprocessing.classes is not None else "has no names of classes: give numbers"
     return " ".join([*lines, f"[`{PREPROCESSING}`]({PREPROCESSING}) {known}."]) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _measured(figures: Mapping[str, Any]) -> str:

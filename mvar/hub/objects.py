@@ -159,8 +159,9 @@ def require_free(out: Path) -> None:
     """Raise CheckpointError unless a folder can be written there: nothing is, or what was written so before."""
     if not out.exists():
         return
-    others = [out.name] if not out.is_dir() else sorted(path.name for path in out.iterdir() if not _is_ours(path))
-    if others or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file()):
+    inside = sorted(out.iterdir()) if out.is_dir() else []
+    others = [path.name for path in inside if not _is_ours(path)]
+    if not out.is_dir() or others or (inside and not (out / CONFIG).is_file()):
         what = f"holds {others[0]}, which is not of a hub folder" if others else "is no hub folder"
         raise CheckpointError(f"{out}: exists and {what}. Give another name, or remove it.")
 
