@@ -1,13 +1,13 @@
 """The tokens of a picture's known part, given to the sampler scale by scale; the sampler draws the others.
 
-A token is an average over an area of the feature map, at coarse scales a large one: it is given where any cell of its
-area is known, and then it is made of the known cells alone. So what is given depends on nothing that is to be redrawn.
+A token is an average over an area of the feature map, at coarse scales a large one. One that lies across the edge of
+the known part is drawn, which leaves the class a say in the layout; or it is given, which keeps the known part best.
 
 What a token adds to the feature map spreads beyond its area, through the bicubic enlargement and the phi convolution.
 Where drawn tokens spread into the known part, the picture's own codes ("codes", the way of VAR, arXiv 2404.02905) do
 not sum up to it any more. "residual" goes on with the tokenizer's residual encoding (Algorithm 1 there): at each scale
-it takes the word nearest to what the map as it really is, drawn tokens included, still lacks. Where nothing is drawn,
-both are the picture's codes.
+it takes the word nearest to what the map as it really is, drawn tokens included, still lacks, on the known cells alone.
+Where nothing is drawn, both are the picture's codes.
 
 Shapes: B images (1: the same for all), C latent channels, h = w side of the feature map, S scales, Lk tokens of scale
 k, H, W pixels.
@@ -25,6 +25,8 @@ from torch import Tensor
 from mvar.tokenizer.quantizer import Quantizer
 
 Forcing = Literal["residual", "codes"]
+Across = Literal["given", "drawn"]
+"""What tokens are whose area is known in part."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,19 @@ class KnownTokens:
     """bool (1, Lk): the tokens that are given."""
 
     @classmethod
-    def of(cls, quantizer: Quantizer, known_hw: Tensor, whole_scales: int = 0) -> KnownTokens:
+    def of(
+        cls, quantizer: Quantizer, known_hw: Tensor, *, across: Across = "drawn", whole_scales: int = 0
+    ) -> KnownTokens:
         """`known`: bool (h, w), cells of the feature map; of the first `whole_scales` scales all are known."""
         cells: list[Tensor | None] = []
         tokens: list[Tensor] = []
         for scale in range(quantizer.pyramid.num_scales):
             whole = scale < whole_scales or bool(known_hw.all())
             known_11hw = (torch.ones_like(known_hw) if whole else known_hw).float()[None, None]
+            share_1Lk = quantizer.shrunk(known_11hw, scale).flatten(1)
             cells.append(None if whole else known_11hw)
-            tokens.append((quantizer.shrunk(known_11hw, scale) > 0).flatten(1))
+            # Of tokens with an unknown cell the share is below 1 by far more than rounding.
+            tokens.append(share_1Lk > (0 if across == "given" else 1 - 1e-5))
         return cls(tuple(cells), tuple(tokens))
 
 
@@ -83,16 +89,10 @@ class ForcedCodes:
 
     def __init__(self, quantizer: Quantizer, features_BChw: Tensor, known: KnownTokens) -> None:
         self._known, self._segment = known, quantizer.pyramid.segment
-        alone = ForcedResidual(quantizer, features_BChw, known)
-        codes = []
-        for scale in range(quantizer.pyramid.num_scales):
-            _, codes_BLk = alone.given(scale)
-            alone.added(scale, quantizer.words(codes_BLk, scale))
-            codes.append(codes_BLk)
-        self._codes_S = codes
+        self._codes_BL = quantizer.encode(features_BChw)
 
     def given(self, scale: int) -> tuple[Tensor, Tensor]:
-        return self._known.tokens_S[scale], self._codes_S[scale]
+        return self._known.tokens_S[scale], self._codes_BL[:, self._segment(scale)]
 
     def added(self, scale: int, vectors_BLkC: Tensor) -> None:
         pass

@@ -40,7 +40,7 @@ class Forced(Protocol):
     """Tokens that are given instead of drawn. Asked scale by scale, coarse to fine, and told what became of each."""
 
     def given(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Which tokens of `scale` are given, bool (B, Lk), and the codes of those, int64 (B, Lk); B may be 1 for all."""
+        """Tokens of `scale` that are given, bool (B, Lk), and their codes, int64 (B, Lk); B may be 1, for all."""
 
     def added(self, scale: int, vectors_BLkC: Tensor) -> None:
         """The vectors of all tokens of `scale`, given and drawn, that went into the feature map."""
@@ -48,7 +48,7 @@ class Forced(Protocol):
 
 @dataclass(frozen=True)
 class Toward:
-    """A second class for each image, and how far to it: logits with a class are (1 - share) x first + share x second."""
+    """A second class for each image, and how far to it: logits are (1 - share) x with the first + share x with it."""
 
     labels_B: Tensor
     share: float
@@ -79,9 +79,13 @@ def generate_codes(
     labels_B: Tensor,
     options: SamplingOptions = DEFAULTS,
     seeds: Iterable[int] | None = None,
+    *,
+    forced: Forced | None = None,
+    toward: Toward | None = None,
 ) -> Tensor:
     """Codes (B, L) int64 of one image for each label; see `generate_scales`."""
-    return torch.cat([step.codes_BLk for step in generate_scales(model, tokenizer, labels_B, options, seeds)], dim=1)
+    steps = generate_scales(model, tokenizer, labels_B, options, seeds, forced=forced, toward=toward)
+    return torch.cat([step.codes_BLk for step in steps], dim=1)
 
 
 def generate_latent(
@@ -90,9 +94,12 @@ def generate_latent(
     labels_B: Tensor,
     options: SamplingOptions = DEFAULTS,
     seeds: Iterable[int] | None = None,
+    *,
+    forced: Forced | None = None,
+    toward: Toward | None = None,
 ) -> Tensor:
     """Feature maps (B, C, h, w) for `VQVAE.decode_latent`; with `smooth` they are more than the codes say."""
-    *_, last = generate_scales(model, tokenizer, labels_B, options, seeds)
+    *_, last = generate_scales(model, tokenizer, labels_B, options, seeds, forced=forced, toward=toward)
     return last.f_hat_BChw
 
 
