@@ -324,6 +324,8 @@ def test_pictures_and_validation_are_recorded_from_sharded_weights(tmp_path: Pat
     with Image.open(run.path / drawn[-1]) as picture:
         assert picture.size == (3 * 6 + 2 * 2, 2 * 6 + 2)
         assert len(picture.getcolors(10_000) or []) > 10
+    with Image.open(run.samples / "film.webp") as film:
+        assert getattr(film, "n_frames", 1) == 3, "the grids, as one film"
     assert len(losses(run.path)) == 5
     assert "FutureWarning" not in job.output()
 
