@@ -11,6 +11,7 @@ other. A picture's seed is that of `mvar sample`, so the last column is what it 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from mvar.sampling.pictures import counts_of, in_turn
 from mvar.sampling.planning import Request
 
 MOST_PICTURES = 64
-SEEN_PX = 48
+SEEN_PX = 64
 """Side of a picture, at least about: smaller ones are enlarged."""
 
 
@@ -110,9 +111,14 @@ def write(out: Path, frames: Bytes) -> None:
     factor = max(1, SEEN_PX // frames.shape[2])
     strip, film = named(out, ".png"), named(out, ".webp")
     save_png(strip, enlarge(grid(frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:]), count), factor))
-    across = max(1, round(num**0.5))
-    save_film(film, [enlarge(grid(frame, across), factor) for frame in frames])
+    save_film(film, [enlarge(grid(frame, across(num)), factor) for frame in frames])
     log.info("%s, %s: %d pictures, %d frames", strip, film, num, count)
+
+
+def across(num: int) -> int:
+    """Pictures of a row, for a sheet that is about square and has the fewest empty places."""
+    least = math.ceil(math.sqrt(num))
+    return min(range(least, 2 * least + 1), key=lambda columns: (-num % columns, columns))
 
 
 def named(out: Path, suffix: str) -> Path:

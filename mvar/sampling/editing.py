@@ -111,7 +111,9 @@ class Editing:
         return kind(self._quantizer, self._features_1Chw, self._known)
 
     def marked(self, picture_HWC: Bytes) -> Bytes:
-        """A picture with what is redrawn paled, to look at: uint8 (H, W, 3)."""
+        """A picture with what is redrawn paled, to look at, unless that is all: uint8 (H, W, 3)."""
+        if self._redrawn_HW.all():
+            return picture_HWC
         marked: Bytes = np.where(self._redrawn_HW[..., None], picture_HWC // 4 + 160, picture_HWC).astype(np.uint8)
         return marked
 
