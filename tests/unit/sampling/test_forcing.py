@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvar.sampling.forcing import ForcedCodes, ForcedResidual, KnownTokens, known_cells
 from mvar.sampling.options import SamplingOptions
-from mvar.sampling.sampler import Toward, generate_codes, generate_latent
+from mvar.sampling.sampler import Toward, draw_scales, generate_codes, generate_latent
 from mvar.tokenizer.quantizer import Quantizer
 from tests.unit.sampling.test_sampler import PYRAMID, small
 
@@ -149,6 +149,25 @@ def test_a_path_between_classes_ends_in_plain_sampling_of_each(options: Sampling
     path = [generate_codes(model, quantizer, first, options, toward=Toward(second, share)) for share in (0.0, 0.5, 1.0)]
     assert torch.equal(path[0], ends[0]) and torch.equal(path[2], ends[1])
     assert not torch.equal(path[1], ends[0]) and not torch.equal(path[1], ends[1])
+
+
+@WAYS
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_host_reads_nothing_while_tokens_are_given(way: Way, smooth: bool) -> None:
+    """A tensor on the meta device has no values: reading one is an error."""
+    model, quantizer = small()
+    known = KnownTokens.of(quantizer, left_half(), across="given")
+    known = KnownTokens(
+        tuple(None if cells is None else cells.to("meta") for cells in known.cells_S),
+        tuple(tokens.to("meta") for tokens in known.tokens_S),
+    )
+    model, quantizer = model.to("meta"), quantizer.to("meta")
+    labels_B = torch.zeros(2, dtype=torch.int64, device="meta")
+    options = SamplingOptions(top_k=8, smooth=smooth)
+    forced, toward = way(quantizer, features().to("meta"), known), Toward(labels_B, 0.5)
+    with torch.no_grad():
+        steps = list(draw_scales(model, quantizer, labels_B, labels_B, options, forced, toward))
+    assert [step.codes_BLk.shape for step in steps] == [(2, 1), (2, 4), (2, 9), (2, 16)]
 
 
 def test_the_drawing_in_one_go_has_all_scales_and_the_same_tokens() -> None:
