@@ -1,6 +1,6 @@
 """mvar: train and run M-VAR (arXiv 2411.10433).
 
-The library's whole face: `from mvar import MVAR, VQVAE, MVARPipeline, generate`. Names load on first use, so
+The library's whole face: `from mvar import MVAR, VQVAE, MVARPipeline, edit, generate`. Names load on first use, so
 `import mvar` alone needs neither torch nor DeepSpeed, and changes nothing of the program around it.
 """
 
@@ -13,11 +13,12 @@ from mvar.version import __version__
 
 sleep_when_idle_in_own_commands()
 
-__all__ = ["MVAR", "VQVAE", "MVARPipeline", "MvarError", "SamplingOptions", "__version__", "generate"]
+__all__ = ["MVAR", "VQVAE", "MVARPipeline", "MvarError", "SamplingOptions", "__version__", "edit", "generate"]
 
 if TYPE_CHECKING:
     from mvar.errors import MvarError
     from mvar.model.transformer import MVAR
+    from mvar.sampling.editing import edit
     from mvar.sampling.options import SamplingOptions
     from mvar.sampling.pipeline import MVARPipeline
     from mvar.sampling.sampler import generate
@@ -28,6 +29,7 @@ _HOMES = {
     "VQVAE": "mvar.tokenizer.vqvae",
     "MVARPipeline": "mvar.sampling.pipeline",
     "SamplingOptions": "mvar.sampling.options",
+    "edit": "mvar.sampling.editing",
     "generate": "mvar.sampling.sampler",
     "MvarError": "mvar.errors",
 }

@@ -1,11 +1,15 @@
-"""Helper threads, and the GPU that they use."""
+"""Helper threads, and the GPU and the cores that they use."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def same_gpu() -> Callable[[], None]:
@@ -34,3 +38,15 @@ def helper(action: Callable[[], object], name: str) -> threading.Thread:
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def on_one_core(action: Callable[[], T]) -> T:
+    """What `action` gives, computed by one thread: float32 sums that are split over threads depend on their number."""
+    use_gpu = same_gpu()
+
+    def begin() -> None:
+        use_gpu()
+        torch.set_num_threads(1)
+
+    with ThreadPoolExecutor(1, "mvar-alone", initializer=begin) as pool:
+        return pool.submit(action).result()
