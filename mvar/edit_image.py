@@ -125,7 +125,8 @@ def classes_of(args: argparse.Namespace, source: ModelPair) -> tuple[int, int | 
     if args.morph is None and args.label is None:
         return source.num_classes, None
     names = class_names(args.weights, args.class_names, source.num_classes)
-    found = parse_classes(args.morph or args.label, source.num_classes, names)
+    option = "--class" if args.morph is None else "--morph"
+    found = parse_classes(args.morph or args.label, source.num_classes, names, option)
     if args.morph is None:
         if len(found) != 1:
             raise ConfigError(f"--class {args.label}: expected one class.")

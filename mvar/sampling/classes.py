@@ -20,17 +20,21 @@ from mvar.run.names import folder_of, steps_in
 _NUMBERS = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-def parse_classes(text: str, num_classes: int, names: Sequence[str] | None = None) -> list[int]:
+def parse_classes(
+    text: str, num_classes: int, names: Sequence[str] | None = None, option: str = "--classes"
+) -> list[int]:
     """ "all", or numbers, ranges such as "0-3", and names, separated by commas: each class once, in the order given.
 
     A name that holds a comma stands in double quotes; "=7" is the class called 7, whatever its number. `names`: of all
-    classes, if they are known. Raises ConfigError, also where a number is the name of another class.
+    classes, if they are known; `option`: what errors call it. Raises ConfigError, also where a number is the name of
+    another class.
     """
     if text == "all":
         return list(range(num_classes))
     chosen: dict[int, None] = {}
-    for part in _parts(text):
-        chosen.update(dict.fromkeys(_labels(part.strip(), text, num_classes, names)))
+    told = f"{option} {text}"
+    for part in _parts(text, told):
+        chosen.update(dict.fromkeys(_labels(part.strip(), told, num_classes, names)))
     return list(chosen)
 
 
@@ -50,37 +54,36 @@ def class_names(weights: Path, given: Path | None, num_classes: int) -> tuple[st
     return names
 
 
-def _parts(text: str) -> list[str]:
+def _parts(text: str, told: str) -> list[str]:
     try:
         return next(csv.reader([text], skipinitialspace=True), None) or [""]
     except csv.Error as error:
-        raise ConfigError(f"--classes {text!r}: cannot be read ({error}). Expected one line of classes.") from None
+        raise ConfigError(f"{told}: cannot be read ({error}). Expected one line of classes.") from None
 
 
-def _labels(part: str, text: str, num_classes: int, names: Sequence[str] | None) -> Sequence[int]:
+def _labels(part: str, told: str, num_classes: int, names: Sequence[str] | None) -> Sequence[int]:
     numbers = _NUMBERS.fullmatch(part)
     if numbers is None:
-        return [_named(part.removeprefix("="), text, names)]
+        return [_named(part.removeprefix("="), told, names)]
     low, high = int(numbers[1]), int(numbers[2] or numbers[1])
     labels = range(low, high + 1)
     if names is not None and part in names and list(labels) != [names.index(part)]:
         other = f"{low}-{low} for number {low}" if numbers[2] is None else "single numbers for the range"
         raise ConfigError(
-            f"--classes {text}: {part} is also the name of class number {names.index(part)}. Write ={part} for the "
-            f"name, {other}."
+            f"{told}: {part} is also the name of class number {names.index(part)}. Write ={part} for the name, {other}."
         )
     if low > high or high >= num_classes:
-        raise ConfigError(f"--classes {text}: {part!r} is not within 0-{num_classes - 1}, the model's classes.")
+        raise ConfigError(f"{told}: {part!r} is not within 0-{num_classes - 1}, the model's classes.")
     return labels
 
 
-def _named(name: str, text: str, names: Sequence[str] | None) -> int:
+def _named(name: str, told: str, names: Sequence[str] | None) -> int:
     if names is None:
         raise ConfigError(
-            f"--classes {text}: cannot read {name!r}. Expected all, or numbers such as 0-9 or 1,5. For names give "
+            f"{told}: cannot read {name!r}. Expected all, or numbers such as 0-9 or 1,5. For names give "
             "--class-names FILE, with a name a line, or the folder of the code store."
         )
-    return label_called(name, names, f"--classes {text}")
+    return label_called(name, names, told)
 
 
 def label_called(name: str, names: Sequence[str], asked: str) -> int:
