@@ -23,7 +23,7 @@ from mvar.model.transformer import MVAR
 from mvar.sampling.graph import GraphedDrawing
 from mvar.sampling.options import SamplingOptions
 from mvar.sampling.pictures import Picture
-from mvar.sampling.precision import DTYPES, SamplePrecision
+from mvar.sampling.precision import SamplePrecision, casting
 from mvar.tokenizer.vqvae import VQVAE
 
 CPU_BATCH = 8
@@ -103,9 +103,7 @@ class Painter:
         return found
 
     def _decode(self, f_hat_BChw: Tensor) -> Tensor:
-        dtype = DTYPES[self._precision]
-        # No memory of casts: a graph would keep those of its capture.
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        with casting(self._precision, self.device):
             return self._tokenizer.decode_latent(f_hat_BChw)
 
 
