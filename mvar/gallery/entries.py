@@ -15,7 +15,7 @@ NEWEST = 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class Exhibit:
     """One checkpoint or file of weights, as a user picks it."""
 
     label: str
@@ -34,7 +34,7 @@ class Entry:
         return ["--weights", str(self.weights), *step, *tokenizer, *(["--ema"] if self.ema else [])]
 
 
-def entries_of(weights: Sequence[Path], tokenizers: Sequence[Path] = (), *, ema: bool = False) -> dict[str, Entry]:
+def entries_of(weights: Sequence[Path], tokenizers: Sequence[Path] = (), *, ema: bool = False) -> dict[str, Exhibit]:
     """By their labels: of run folders each kept checkpoint, the newest first.
 
     `tokenizers`: none (runs tell it), one for all, or one for each of `weights`. Raises MvarError.
@@ -44,7 +44,7 @@ def entries_of(weights: Sequence[Path], tokenizers: Sequence[Path] = (), *, ema:
             f"--tokenizer: {len(tokenizers)} files for {len(weights)} --weights. Give none, one for all, or one "
             "for each."
         )
-    found: dict[str, Entry] = {}
+    found: dict[str, Exhibit] = {}
     names = [path.resolve().name for path in weights]
     for place, path in enumerate(weights):
         if not path.exists():
@@ -57,7 +57,7 @@ def entries_of(weights: Sequence[Path], tokenizers: Sequence[Path] = (), *, ema:
             (name, None)
         ]
         tokenizer = _tokenizer(path, steps[-1] if steps else None, given)
-        found |= {label: Entry(label, path, tokenizer, step, ema) for label, step in own}
+        found |= {label: Exhibit(label, path, tokenizer, step, ema) for label, step in own}
     return found
 
 

@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from mvar.errors import MvarError
 from mvar.gallery import show
-from mvar.gallery.entries import Entry
-from mvar.gallery.studio import Frame, Studio
+from mvar.gallery.entries import Exhibit
+from mvar.gallery.studio import Growth, Studio
 from mvar.gallery.wish import HowFields, Wish, command_line, wish_of
 from mvar.sampling.options import DEFAULTS, Guidance
 
@@ -51,7 +51,7 @@ class OwnHostOnly:
 class Gallery:
     """What the buttons of the page call."""
 
-    def __init__(self, studio: Studio, entries: dict[str, Entry]) -> None:
+    def __init__(self, studio: Studio, entries: dict[str, Exhibit]) -> None:
         self.studio, self.entries = studio, entries
 
     @property
@@ -61,7 +61,7 @@ class Gallery:
 
     def read(
         self, label: str, classes: str, per_class: float, seed: float, fields: Sequence[Any]
-    ) -> tuple[Entry, Wish, HowFields]:
+    ) -> tuple[Exhibit, Wish, HowFields]:
         """Raises MvarError."""
         entry, how = self.entries[label], HowFields(*fields)
         ready = self.studio.open(entry)
@@ -80,7 +80,7 @@ class Gallery:
             entry, wish, how = self.read(label, classes, per_class, seed, fields)
             names = self.studio.open(entry).names
             command = command_line(entry, wish, how, names, self.machine)
-            frames: list[Frame] = []
+            frames: list[Growth] = []
             for frame in self.studio.frames(entry, wish):
                 frames.append(frame)
                 yield show.growing(frames, wish, names), command

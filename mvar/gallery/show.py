@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from mvar.errors import MvarError
-from mvar.gallery.studio import Frame
+from mvar.gallery.studio import Growth
 from mvar.gallery.wish import Wish
 from mvar.images.arrays import Bytes
 from mvar.reporting.charts import figure
@@ -48,13 +48,13 @@ def data_uri(array_HWC: Bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png(array_HWC)).decode('ascii')}"
 
 
-def growing(frames: Sequence[Frame], wish: Wish, names: Sequence[str] | None) -> str:
+def growing(frames: Sequence[Growth], wish: Wish, names: Sequence[str] | None) -> str:
     """The sheet after the newest scale, with a film of the first picture over all scales; at the end a download."""
     return f'<div class="mvar">{_told(frames[-1], wish, names)}{_film(frames)}{_sheet(frames[-1], wish)}</div>'
 
 
 def pair(
-    frames: tuple[Frame, Frame], wishes: tuple[Wish, Wish], labels: tuple[str, str], names: Sequence[str] | None
+    frames: tuple[Growth, Growth], wishes: tuple[Wish, Wish], labels: tuple[str, str], names: Sequence[str] | None
 ) -> str:
     """Two sheets side by side."""
     columns = "".join(
@@ -89,7 +89,7 @@ def curves(run: Path) -> str:
     return f'<div class="mvar"><h3>{escape(str(run))}</h3><div class="charts">{drawn}</div></div>'
 
 
-def _sheet(frame: Frame, wish: Wish, place: int = 0) -> str:
+def _sheet(frame: Growth, wish: Wish, place: int = 0) -> str:
     sheet = wish.sheet(frame.images_BHWC)
     uri, side = data_uri(sheet), frame.images_BHWC.shape[1]
     factor = max(1, SMALL_PX // side)
@@ -101,7 +101,7 @@ def _sheet(frame: Frame, wish: Wish, place: int = 0) -> str:
     return f'<div class="done">{image}<p><a class="download" download="{name}" href="{uri}">Download PNG</a></p></div>'
 
 
-def _told(frame: Frame, wish: Wish, names: Sequence[str] | None) -> str:
+def _told(frame: Growth, wish: Wish, names: Sequence[str] | None) -> str:
     rows = ", ".join(
         str(label) if names is None or names[label] == str(label) else f"{label} {names[label]}"
         for label in wish.counts
@@ -109,7 +109,7 @@ def _told(frame: Frame, wish: Wish, names: Sequence[str] | None) -> str:
     return f'<p class="told">scale {frame.scale + 1} of {frame.scales}; rows: class {escape(rows)}</p>'
 
 
-def _film(frames: Sequence[Frame]) -> str:
+def _film(frames: Sequence[Growth]) -> str:
     pictures = "".join(
         f'<span><img alt="" src="{data_uri(frame.images_BHWC[0])}">scale {frame.scale + 1}</span>' for frame in frames
     )

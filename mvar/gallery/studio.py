@@ -20,7 +20,7 @@ import torch
 
 from mvar.checkpoint.fingerprint import fingerprint
 from mvar.errors import BackendError, ConfigError
-from mvar.gallery.entries import Entry
+from mvar.gallery.entries import Exhibit
 from mvar.gallery.wish import Wish
 from mvar.images.arrays import Bytes, to_uint8
 from mvar.log import tell
@@ -36,7 +36,7 @@ KEPT = 2
 
 
 @dataclass(frozen=True)
-class Frame:
+class Growth:
     """What pictures look like after a scale. `images`: uint8 (B, H, W, 3), in the order of the wish."""
 
     scale: int
@@ -71,10 +71,10 @@ class Studio:
         """`names`: file of class names or code store, for all models."""
         self.device, self.precision = device, precision
         self._names = names
-        self._ready: OrderedDict[Entry, ReadyModel] = OrderedDict()
+        self._ready: OrderedDict[Exhibit, ReadyModel] = OrderedDict()
         self._turn = threading.Lock()
 
-    def open(self, entry: Entry) -> ReadyModel:
+    def open(self, entry: Exhibit) -> ReadyModel:
         """Load it, unless it is there already; of others the one that was used last is kept. Raises MvarError."""
         with self._turn:
             if entry not in self._ready:
@@ -84,7 +84,7 @@ class Studio:
             self._ready.move_to_end(entry)
             return self._ready[entry]
 
-    def _load(self, entry: Entry) -> ReadyModel:
+    def _load(self, entry: Exhibit) -> ReadyModel:
         pair = ModelPair.load(entry.weights, entry.tokenizer, step=entry.step, ema=entry.ema)
         chosen = choose(self.precision, self.device, pair.trained)
         tell([chosen])
@@ -98,7 +98,7 @@ class Studio:
             class_names(entry.weights, self._names, pair.num_classes),
         )
 
-    def frames(self, entry: Entry, wish: Wish) -> Iterator[Frame]:
+    def frames(self, entry: Exhibit, wish: Wish) -> Iterator[Growth]:
         """The pictures after each scale, coarse to fine. Raises MvarError."""
         ready = self.open(entry)
         labels_B = torch.tensor([picture.label for picture in wish.pictures])
@@ -111,9 +111,9 @@ class Studio:
                     next(steps, None)  # It looks whether all was finite.
                 with casting(ready.precision, self.device):
                     images_BHWC = to_uint8(ready.tokenizer.decode_latent(f_hat_BChw))
-            yield Frame(scale, scales, images_BHWC)
+            yield Growth(scale, scales, images_BHWC)
 
-    def side_by_side(self, left: tuple[Entry, Wish], right: tuple[Entry, Wish]) -> Iterator[tuple[Frame, Frame]]:
+    def side_by_side(self, left: tuple[Exhibit, Wish], right: tuple[Exhibit, Wish]) -> Iterator[tuple[Growth, Growth]]:
         """The same classes and seeds in two ways, scale by scale in turn. Raises MvarError."""
         one, other = self.open(left[0]), self.open(right[0])
         if one.tokenizer_sha256 != other.tokenizer_sha256:

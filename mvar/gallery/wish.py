@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from mvar.errors import ConfigError
-from mvar.gallery.entries import Entry
+from mvar.gallery.entries import Exhibit
 from mvar.images.arrays import Bytes, grid
 from mvar.sampling.arguments import sampling_options
 from mvar.sampling.classes import parse_classes
@@ -95,7 +95,7 @@ def wish_of(
 
 
 def command_line(
-    entry: Entry, wish: Wish, how: HowFields, names: Sequence[str] | None = None, more: Sequence[str] = ()
+    entry: Exhibit, wish: Wish, how: HowFields, names: Sequence[str] | None = None, more: Sequence[str] = ()
 ) -> str:
     """The command that writes the very bytes of the downloaded sheet. `more`: flags of the machine."""
     per_class = max(wish.counts.values())
