@@ -22,6 +22,8 @@ COMMANDS = {
     "plan": ("mvar.plan.command", "memory, time and checkpoints of a training, before it is started"),
     "sample": ("mvar.sample", "draw images from a trained model"),
     "merge-samples": ("mvar.merge_samples", "the samples of a job as one .npz"),
+    "edit": ("mvar.edit_image", "redraw a part of a picture, its surroundings or its detail; morph classes"),
+    "filmstrip": ("mvar.filmstrip", "the same seeds over checkpoints or scales, as a strip and as a film"),
     "evaluate": ("mvar.evaluate", "compare samples with real images: FID, KID, precision, recall, ..."),
     "evaluate-checkpoints": ("mvar.evaluate_checkpoints", "figures of a run's checkpoints, also beside its training"),
     "evaluate-tokenizer": ("mvar.evaluate_tokenizer", "how well pictures survive a tokenizer: rFID, PSNR, SSIM, ..."),

@@ -1,11 +1,15 @@
-"""Helper threads, and the GPU that they use."""
+"""Helper threads, and the GPU and the cores that they use."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def same_gpu() -> Callable[[], None]:
@@ -34,3 +38,9 @@ def helper(action: Callable[[], object], name: str) -> threading.Thread:
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def on_one_core(action: Callable[[], T]) -> T:
+    """What `action` gives, computed by one thread: float32 sums that are split over threads depend on their number."""
+    with ThreadPoolExecutor(1, "mvar-alone", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.submit(action).result()

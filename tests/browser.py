@@ -15,6 +15,7 @@ FLAGS = (
     "--headless=new",
     "--no-sandbox",  # Root has no other way.
     "--disable-gpu",
+    "--enable-unsafe-swiftshader",  # WebGL without a GPU, for pages that are painted on.
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-sync",

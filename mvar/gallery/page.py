@@ -14,7 +14,8 @@ from mvar.errors import MvarError
 from mvar.gallery import show
 from mvar.gallery.entries import Exhibit
 from mvar.gallery.studio import Growth, Studio
-from mvar.gallery.wish import HowFields, Wish, command_line, wish_of
+from mvar.gallery.upload import canvas_of, pictures_of
+from mvar.gallery.wish import HowFields, Wish, command_line, edit_command_line, edit_wish_of, wish_of
 from mvar.sampling.options import DEFAULTS, Guidance
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Before the library is imported.
@@ -59,6 +60,11 @@ class Gallery:
         """How `mvar sample` is told of what differs from its defaults."""
         return [] if self.studio.precision == "auto" else ["--precision", self.studio.precision]
 
+    @property
+    def brush_px(self) -> int:
+        """Of pictures as large as the first model's: an eighth of their side."""
+        return max(2, self.studio.open(next(iter(self.entries.values()))).tokenizer.image_size // 8)
+
     def read(
         self, label: str, classes: str, per_class: float, seed: float, fields: Sequence[Any]
     ) -> tuple[Exhibit, Wish, HowFields]:
@@ -102,6 +108,23 @@ class Gallery:
         except MvarError as problem:
             yield show.error(problem), ""
 
+    def edit(
+        self, painted: Any, label: str, class_label: str, count: float, seed: float, *fields: Any
+    ) -> Iterator[tuple[str, str, str]]:
+        """What is shown after each scale, the command, and its files."""
+        try:
+            entry, how = self.entries[label], HowFields(*fields)
+            files = pictures_of(painted)
+            ready = self.studio.open(entry)
+            wish = edit_wish_of(class_label, count, seed, how, ready.num_classes, ready.names)
+            command = edit_command_line(entry, wish, how, ready.num_classes, ready.names, self.machine)
+            frames: list[Growth] = []
+            for frame in self.studio.edited(entry, canvas_of(*files, ready.tokenizer.image_size), wish):
+                frames.append(frame)
+                yield show.growing(frames, wish, ready.names), command, show.given(*files)
+        except MvarError as problem:
+            yield show.error(problem), "", ""
+
     def curves(self) -> str:
         """Of all runs, as they are now."""
         return "".join(show.curves(run) for run in dict.fromkeys(entry.weights for entry in self.entries.values()))
@@ -133,6 +156,24 @@ def build(gallery: Gallery) -> Any:
             sheets, commands = gr.HTML(elem_id="compare-sheet"), _command("compare", lines=2)
         (left, left_how), (right, right_how) = sides
         button.click(gallery.compare, [left, right, *both, *left_how, *right_how], [sheets, commands], **drawing)
+        with gr.Tab("Edit"), gr.Row():
+            with gr.Column(scale=1):
+                painted = gr.ImageEditor(
+                    label="a picture; paint over what is to be redrawn", type="numpy", image_mode="RGBA",
+                    sources=["upload", "clipboard"], layers=False, transforms=[], elem_id="edit-picture",
+                    brush=gr.Brush(gallery.brush_px, colors=["#e0457b"], color_mode="fixed"), height=360,
+                )  # fmt: skip
+                edited = gr.Dropdown(labels, value=labels[0], label="checkpoint", elem_id="edit-checkpoint")
+                redraw = [
+                    gr.Textbox("", label="class: a number, a name, or nothing", elem_id="edit-class"),
+                    gr.Number(4, label="pictures", precision=0, minimum=1, elem_id="edit-count"),
+                    gr.Number(0, label="seed", precision=0, elem_id="edit-seed"),
+                ]
+                how = _how_fields("edit")
+                button = gr.Button("Edit", variant="primary", elem_id="edit-button")
+            with gr.Column(scale=2):
+                sheet, command, files = gr.HTML(elem_id="edit-sheet"), _command("edit"), gr.HTML(elem_id="edit-files")
+        button.click(gallery.edit, [painted, edited, *redraw, *how], [sheet, command, files], **drawing)
         with gr.Tab("Curves") as tab:
             curves = gr.HTML(elem_id="curves")
         tab.select(gallery.curves, None, curves)

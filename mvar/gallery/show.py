@@ -44,8 +44,9 @@ def png(array_HWC: Bytes) -> bytes:
     return held.getvalue()
 
 
-def data_uri(array_HWC: Bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png(array_HWC)).decode('ascii')}"
+def data_uri(data: bytes) -> str:
+    """Of a PNG."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def growing(frames: Sequence[Growth], wish: Wish, names: Sequence[str] | None) -> str:
@@ -62,6 +63,15 @@ def pair(
         for place, (frame, wish, label) in enumerate(zip(frames, wishes, labels, strict=True))
     )
     return f'<div class="mvar">{_told(frames[0], wishes[0], names)}<div class="pair">{columns}</div></div>'
+
+
+def given(picture: bytes, mask: bytes) -> str:
+    """The files that the command of an edit names, to be downloaded beside it."""
+    links = " ".join(
+        f'<a class="download" download="{name}" href="{data_uri(data)}">{name}</a>'
+        for name, data in (("picture.png", picture), ("mask.png", mask))
+    )
+    return f'<div class="mvar"><p class="told">files of the command: {links}</p></div>'
 
 
 def error(problem: MvarError) -> str:
@@ -91,7 +101,7 @@ def curves(run: Path) -> str:
 
 def _sheet(frame: Growth, wish: Wish, place: int = 0) -> str:
     sheet = wish.sheet(frame.images_BHWC)
-    uri, side = data_uri(sheet), frame.images_BHWC.shape[1]
+    uri, side = data_uri(png(sheet)), frame.images_BHWC.shape[1]
     factor = max(1, SMALL_PX // side)
     small = ' class="drawn small"' if factor > 1 else ' class="drawn"'
     image = f'<img{small} alt="scale {frame.scale + 1}" width="{sheet.shape[1] * factor}" src="{uri}">'
@@ -109,8 +119,15 @@ def _told(frame: Growth, wish: Wish, names: Sequence[str] | None) -> str:
     return f'<p class="told">scale {frame.scale + 1} of {frame.scales}; rows: class {escape(rows)}</p>'
 
 
+def _named(label: int, names: Sequence[str] | None) -> str:
+    """The number past the last class stands for none."""
+    name = "" if names is None else names[label] if label < len(names) else "(none)"
+    return str(label) if name in ("", str(label)) else f"{label} {name}"
+
+
 def _film(frames: Sequence[Growth]) -> str:
     pictures = "".join(
-        f'<span><img alt="" src="{data_uri(frame.images_BHWC[0])}">scale {frame.scale + 1}</span>' for frame in frames
+        f'<span><img alt="" src="{data_uri(png(frame.images_BHWC[0]))}">scale {frame.scale + 1}</span>'
+        for frame in frames
     )
     return f'<div class="film">{pictures}</div>'

@@ -8,14 +8,16 @@ Legend: B images, H, W pixels, C latent channels.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 
 from mvar.checkpoint.fingerprint import fingerprint
@@ -25,10 +27,12 @@ from mvar.gallery.wish import Wish
 from mvar.images.arrays import Bytes, to_uint8
 from mvar.log import tell
 from mvar.model.transformer import MVAR
+from mvar.sampling.canvas import Canvas
 from mvar.sampling.classes import class_names
+from mvar.sampling.editing import Editing
 from mvar.sampling.loading import ModelPair
 from mvar.sampling.precision import SamplePrecision, arithmetic, casting, choose
-from mvar.sampling.sampler import generate_scales
+from mvar.sampling.sampler import ScaleSample, generate_scales
 from mvar.tokenizer.vqvae import VQVAE
 
 KEPT = 2
@@ -103,15 +107,42 @@ class Studio:
         ready = self.open(entry)
         labels_B = torch.tensor([picture.label for picture in wish.pictures])
         steps = generate_scales(ready.model, ready.tokenizer, labels_B, wish.options, wish.seeds)
+        yield from self._scales(ready, [steps])
+
+    def _scales(self, ready: ReadyModel, batches: Sequence[Iterator[ScaleSample]]) -> Iterator[Growth]:
+        """All batches, a scale of each in turn."""
         scales = ready.model.pyramid.num_scales
         for scale in range(scales):
-            with self._computing(ready):
-                f_hat_BChw = next(steps).f_hat_BChw
-                if scale + 1 == scales:
-                    next(steps, None)  # It looks whether all was finite.
-                with casting(ready.precision, self.device):
-                    images_BHWC = to_uint8(ready.tokenizer.decode_latent(f_hat_BChw))
-            yield Growth(scale, scales, images_BHWC)
+            parts = []
+            for steps in batches:
+                with self._computing(ready):
+                    f_hat_BChw = next(steps).f_hat_BChw
+                    if scale + 1 == scales:
+                        next(steps, None)  # It looks whether all was finite.
+                    with casting(ready.precision, self.device):
+                        parts.append(to_uint8(ready.tokenizer.decode_latent(f_hat_BChw)))
+            yield Growth(scale, scales, np.concatenate(parts))
+
+    def edited(self, exhibit: Exhibit, canvas: Canvas, wish: Wish) -> Iterator[Growth]:
+        """A picture with a part redrawn, as often as is wished for, after each scale. Raises MvarError.
+
+        On a CPU pictures are drawn one by one, as `mvar edit` does it, though in step.
+        """
+        ready = self.open(exhibit)
+        labels_B = torch.tensor([picture.label for picture in wish.pictures])
+        size = 1 if self.device.type == "cpu" else len(labels_B)
+        with self._computing(ready):
+            editing = Editing(ready.tokenizer, canvas.picture_HWC, canvas.redrawn_HW)
+            batches = [
+                generate_scales(
+                    *(ready.model, ready.tokenizer, labels_B[first : first + size], wish.options),
+                    *(wish.seeds[first : first + size],),
+                    forced=editing.forced(),
+                )
+                for first in range(0, len(labels_B), size)
+            ]
+        for grown in self._scales(ready, batches):
+            yield dataclasses.replace(grown, images_BHWC=editing.finish(grown.images_BHWC))
 
     def side_by_side(self, left: tuple[Exhibit, Wish], right: tuple[Exhibit, Wish]) -> Iterator[tuple[Growth, Growth]]:
         """The same classes and seeds in two ways, scale by scale in turn. Raises MvarError."""

@@ -94,6 +94,19 @@ def wish_of(
     return Wish({label: int(per_class) for label in sorted(chosen)}, int(seed), how.options())
 
 
+def edit_wish_of(
+    label: str, count: float, seed: float, how: HowFields, num_classes: int, names: Sequence[str] | None
+) -> Wish:
+    """Pictures of one class, or of none where the field is empty. Raises ConfigError."""
+    if label.strip():
+        found = wish_of(label, count, seed, how, num_classes, names)
+        if len(found.counts) > 1:
+            raise ConfigError(f"class {label.strip()}: expected one class, or none.")
+        return found
+    found = wish_of("0-0", count, seed, how, num_classes, names)
+    return dataclasses.replace(found, counts={num_classes: found.counts[0]})
+
+
 def command_line(
     entry: Exhibit, wish: Wish, how: HowFields, names: Sequence[str] | None = None, more: Sequence[str] = ()
 ) -> str:
@@ -103,6 +116,22 @@ def command_line(
     words = ["mvar", "sample", *entry.flags, "--classes", classes, "--per-class", str(per_class)]
     words += ["--seed", str(wish.seed), *how.flags, "--batch", str(len(wish.pictures)), *more, "--no-images"]
     words += ["--grid", "samples.png", "--grid-classes", str(len(wish.counts)), "--grid-per-class", str(per_class)]
+    return shlex.join(words)
+
+
+def edit_command_line(
+    exhibit: Exhibit,
+    wish: Wish,
+    how: HowFields,
+    num_classes: int,
+    names: Sequence[str] | None = None,
+    more: Sequence[str] = (),
+) -> str:
+    """The command that edits alike: with picture.png and mask.png, which the page gives."""
+    ((label, count),) = wish.counts.items()
+    words = ["mvar", "edit", *exhibit.flags, "--image", "picture.png", "--mask", "mask.png"]
+    words += [] if label == num_classes else ["--class", _written(label, names)]
+    words += ["--num", str(count), "--seed", str(wish.seed), *how.flags, *more, "--out", "edited"]
     return shlex.join(words)
 
 

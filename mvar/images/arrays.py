@@ -17,6 +17,8 @@ from torch import Tensor
 from mvar.files.disk import writing
 
 Bytes = NDArray[np.uint8]
+LOSSLESS_PIXELS = 1 << 18
+"""Of a film's frame."""
 
 
 def to_uint8(images_BCHW: Tensor) -> Bytes:
@@ -42,6 +44,21 @@ def save_png(path: Path, array_HWC: Bytes, *, sync: bool = True) -> None:
     """Write uint8 (H, W, 3) as PNG: complete or absent (`sync`: see `writing`). Raises WriteError."""
     with writing(path, sync=sync) as file:
         Image.fromarray(array_HWC).save(file, format="PNG")
+
+
+def save_film(path: Path, frames_NHWC: Sequence[Bytes], frame_s: float = 0.4, last_s: float = 1.6) -> None:
+    """Write equal pictures, uint8 (H, W, 3), as an animated WebP that begins again when it ends: complete or absent.
+
+    Small frames keep every bit. `frame_s`, `last_s`: how long each is shown, and the last. Raises WriteError.
+    """
+    first, *others = [Image.fromarray(frame) for frame in frames_NHWC]
+    shown_ms = [round(1000 * frame_s)] * len(others) + [round(1000 * last_s)]
+    lossless = first.width * first.height <= LOSSLESS_PIXELS
+    with writing(path) as file:
+        first.save(
+            file, format="WEBP", save_all=True, append_images=others, duration=shown_ms, loop=0, lossless=lossless,
+            quality=90, method=4,
+        )  # fmt: skip
 
 
 def grid(array_NHWC: Bytes | Sequence[Bytes], columns: int, gap: int = 2) -> Bytes:

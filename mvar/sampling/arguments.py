@@ -24,10 +24,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
         prog="mvar sample", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("what is drawn").add_argument
-    add("--weights", type=Path, required=True, help="run folder, checkpoint folder, .safetensors or published .pth")
-    add("--step", type=int, help="which checkpoint of a run (default: the newest that verifies)")
-    add("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
-    add("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
+    add_model(add)
     add("--classes", default="all", help="all, or numbers and names such as 0-9 or 1,5 or cat,=7 (default all)")
     add("--class-names", type=Path, help="file with a class name a line, or code store (default: the run's code store)")
     add("--num", type=int, help="images in all")
@@ -72,6 +69,25 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     add("--graphs", choices=("auto", "off"), default="auto", help="CUDA graphs; auto: on GPUs")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
     return parser
+
+
+def add_model(add: Callable[..., Any]) -> None:
+    """The options that name a model and its tokenizer; `add`: of the group they go into."""
+    add("--weights", type=Path, required=True, help="run folder, checkpoint folder, .safetensors or published .pth")
+    add("--step", type=int, help="which checkpoint of a run (default: the newest that verifies)")
+    add("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
+    add("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
+
+
+def add_machine(add: Callable[..., Any]) -> None:
+    """Arithmetic and device."""
+    add(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="arithmetic; auto (default): what the weights were trained in, on GPUs; fp32 on CPUs",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> Callable[..., Any]:

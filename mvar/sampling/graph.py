@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvar.model.transformer import MVAR
 from mvar.sampling.options import SamplingOptions
-from mvar.sampling.sampler import check_request, draw_scales, require_finite
+from mvar.sampling.sampler import Forced, Toward, check_request, draw_scales, require_finite
 from mvar.tokenizer.vqvae import VQVAE
 
 WARM_UP = 2
@@ -25,8 +25,10 @@ WARM_UP = 2
 class GraphedDrawing:
     """Draws batches of `batch` images with `options`, and gives what `finish` makes of them.
 
-    `finish`: feature maps (B, C, h, w) -> a tensor, such as pictures. `graphed`: capture at the first call and replay
-    from then on; without it every call runs as it comes. The result of a call lasts until the next.
+    `finish`: feature maps (B, C, h, w) -> a tensor, such as pictures. `growing`: of the map after every scale, stacked
+    (B, S, ...), and not of the last alone. `forced`: makes the tokens that are given, for each run anew; `toward`: a
+    class (1) for all images to draw toward. `graphed`: capture at the first call and replay from then on; without it
+    every call runs as it comes. The result of a call lasts until the next.
     """
 
     def __init__(
@@ -38,12 +40,18 @@ class GraphedDrawing:
         options: SamplingOptions,
         *,
         graphed: bool,
+        growing: bool = False,
+        forced: Callable[[], Forced] | None = None,
+        toward: Toward | None = None,
     ) -> None:
         self._model, self._quantizer, self._finish, self._graphed = model, tokenizer.quantizer, finish, graphed
-        self._options = options
+        self._options, self._growing, self._forced = options, growing, forced
         device = model.pos_start.device
         self._labels_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._seeds_B = torch.zeros_like(self._labels_B)
+        self._toward = None
+        if toward is not None:
+            self._toward = Toward(toward.labels_B.to(device).expand(batch), toward.share)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[Tensor, Tensor] | None = None
 
@@ -61,8 +69,16 @@ class GraphedDrawing:
 
     def _run(self) -> tuple[Tensor, Tensor]:
         """What the graph holds: no host reads anything here."""
-        steps = list(draw_scales(self._model, self._quantizer, self._labels_B, self._seeds_B, self._options))
-        return self._finish(steps[-1].f_hat_BChw), torch.stack([step.finite for step in steps])
+        forced = None if self._forced is None else self._forced()
+        steps = list(
+            draw_scales(
+                self._model, self._quantizer, self._labels_B, self._seeds_B, self._options, forced, self._toward
+            )
+        )
+        finite_S = torch.stack([step.finite for step in steps])
+        if self._growing:
+            return torch.stack([self._finish(step.f_hat_BChw) for step in steps], dim=1), finite_S
+        return self._finish(steps[-1].f_hat_BChw), finite_S
 
     def _replay(self) -> tuple[Tensor, Tensor]:
         if self._graph is None:

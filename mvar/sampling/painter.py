@@ -6,11 +6,13 @@ image does not depend on their number: float32 sums that are split over threads 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from mvar.sampling.graph import GraphedDrawing
 from mvar.sampling.options import SamplingOptions
 from mvar.sampling.pictures import Picture
 from mvar.sampling.precision import SamplePrecision, casting
+from mvar.sampling.sampler import Forced, Toward
 from mvar.tokenizer.vqvae import VQVAE
 
 CPU_BATCH = 8
@@ -39,7 +42,7 @@ class Painter:
     """A model, its tokenizer and the options, to draw batches of `batch` images.
 
     `seed`: the job's. `graphed`: through one CUDA graph. `workers`: threads of a CPU; default: as many as there are
-    cores and memory for.
+    cores and memory for. `growing`: see GraphedDrawing.
     """
 
     def __init__(
@@ -53,15 +56,24 @@ class Painter:
         *,
         graphed: bool = False,
         workers: int | None = None,
+        growing: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._options, self._seed = model, tokenizer, options, seed
-        self._precision, self.batch, self._graphed = precision, batch, graphed
+        self._precision, self.batch, self._graphed, self._growing = precision, batch, graphed, growing
+        self._forced: Callable[[], Forced] | None = None
+        self._toward: Toward | None = None
         self.device = model.pos_start.device
         self._workers = workers or _workers(tokenizer, batch)
         self._own = threading.local()
 
+    def variant(self, *, forced: Callable[[], Forced] | None = None, toward: Toward | None = None) -> Painter:
+        """The same, with tokens that are given or a class to draw toward; see GraphedDrawing."""
+        other = copy.copy(self)
+        other._forced, other._toward, other._own = forced, toward, threading.local()
+        return other
+
     def draw(self, batches: Iterable[Sequence[Picture]]) -> Generator[Bytes, None, None]:
-        """Yields uint8 (B, H, W, 3) of each batch, in order.
+        """Yields uint8 (B, H, W, 3) of each batch, in order; where the painter is `growing`, (B, S, H, W, 3).
 
         All are drawn full, whatever is asked for, so that rounding is alike in all. Raises MvarError.
         """
@@ -90,15 +102,18 @@ class Painter:
                 f"the GPU's memory is too small for {self.batch} images at once. Begin the job in another folder, with "
                 "a smaller --batch."
             ) from None
-        return to_uint8(images_BCHW[: len(wanted)])
+        if not self._growing:
+            return to_uint8(images_BCHW[: len(wanted)])
+        return np.stack([to_uint8(own) for own in images_BCHW[: len(wanted)]])
 
     def _drawing(self) -> GraphedDrawing:
         """This thread's own: it has buffers."""
         found: GraphedDrawing | None = getattr(self._own, "drawing", None)
         if found is None:
             found = GraphedDrawing(
-                self._model, self._tokenizer, self.batch, self._decode, self._options, graphed=self._graphed
-            )
+                self._model, self._tokenizer, self.batch, self._decode, self._options, graphed=self._graphed,
+                growing=self._growing, forced=self._forced, toward=self._toward,
+            )  # fmt: skip
             self._own.drawing = found
         return found
 

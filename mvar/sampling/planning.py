@@ -98,15 +98,15 @@ class Request:
         asked: Switch = "off" if few else self.compile
         return fused.choose(asked, self.device, config.depth, config.resolved_width).way == "on"
 
-    def painter(self, precision: SamplePrecision, batch: int, *, compiled: bool) -> Painter:
-        """Everything on its device, ready to draw."""
+    def painter(self, precision: SamplePrecision, batch: int, *, compiled: bool, growing: bool = False) -> Painter:
+        """Everything on its device, ready to draw; `growing`: every scale, see Painter."""
         arithmetic(precision, self.device).apply()
         fused.switch(compiled)
         model = self.source.model(precision, self.device)
         tokenizer = self.source.tokenizer.to(self.device)
         tokenizer = tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         graphed = self.device.type == "cuda" and self.graphs
-        return Painter(model, tokenizer, self.options, precision, self.seed, batch, graphed=graphed)
+        return Painter(model, tokenizer, self.options, precision, self.seed, batch, graphed=graphed, growing=growing)
 
     def fitting_batch(self, precision: SamplePrecision) -> int:
         """Images at once where nothing is asked for."""

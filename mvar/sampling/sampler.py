@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,25 @@ class ScaleSample:
     f_hat_BChw: Tensor
     finite: Tensor
     """bool, on the device: whether the logits were. A host that read it now would wait for the device."""
+
+
+class Forced(Protocol):
+    """Tokens that are given instead of drawn. Asked scale by scale, coarse to fine, and told what became of each."""
+
+    def given(self, scale: int) -> tuple[Tensor, Tensor]:
+        """Tokens of `scale` that are given, bool (B, Lk), and their codes, int64 (B, Lk); B may be 1, for all."""
+
+    def added(self, scale: int, vectors_BLkC: Tensor) -> None:
+        """The vectors of all tokens of `scale`, given and drawn, that went into the feature map."""
+
+
+@dataclass(frozen=True)
+class Toward:
+    """A second class for each image, and how far to it: logits are (1 - share) x with the first + share x with it."""
+
+    labels_B: Tensor
+    share: float
+    """From 0 to 1, where the first or the second class alone is left."""
 
 
 def generate(
@@ -60,9 +79,13 @@ def generate_codes(
     labels_B: Tensor,
     options: SamplingOptions = DEFAULTS,
     seeds: Iterable[int] | None = None,
+    *,
+    forced: Forced | None = None,
+    toward: Toward | None = None,
 ) -> Tensor:
     """Codes (B, L) int64 of one image for each label; see `generate_scales`."""
-    return torch.cat([step.codes_BLk for step in generate_scales(model, tokenizer, labels_B, options, seeds)], dim=1)
+    steps = generate_scales(model, tokenizer, labels_B, options, seeds, forced=forced, toward=toward)
+    return torch.cat([step.codes_BLk for step in steps], dim=1)
 
 
 def generate_latent(
@@ -71,9 +94,12 @@ def generate_latent(
     labels_B: Tensor,
     options: SamplingOptions = DEFAULTS,
     seeds: Iterable[int] | None = None,
+    *,
+    forced: Forced | None = None,
+    toward: Toward | None = None,
 ) -> Tensor:
     """Feature maps (B, C, h, w) for `VQVAE.decode_latent`; with `smooth` they are more than the codes say."""
-    *_, last = generate_scales(model, tokenizer, labels_B, options, seeds)
+    *_, last = generate_scales(model, tokenizer, labels_B, options, seeds, forced=forced, toward=toward)
     return last.f_hat_BChw
 
 
@@ -84,12 +110,16 @@ def generate_scales(
     labels_B: Tensor,
     options: SamplingOptions = DEFAULTS,
     seeds: Iterable[int] | None = None,
+    *,
+    forced: Forced | None = None,
+    toward: Toward | None = None,
 ) -> Iterator[ScaleSample]:
     """Yields each scale as it is drawn, coarse to fine.
 
     `model`: an MVAR or a wrapper with it as `.module`, in train or eval mode. `labels_B`: int64, `num_classes` for "no
-    class". `seeds`: one whole number an image, default 0, 1, ... Raises ConfigError for arguments that do not fit
-    together, MvarError for logits that are not finite.
+    class". `seeds`: one whole number an image, default 0, 1, ... `forced`: tokens that are not drawn (see
+    `mvar.sampling.forcing`), fresh for each call; `toward`: a second class to draw between. Both on the model's device.
+    Raises ConfigError for arguments that do not fit together, MvarError for logits that are not finite.
     """
     core = getattr(model, "module", model)
     quantizer = tokenizer.quantizer if isinstance(tokenizer, VQVAE) else tokenizer
@@ -98,7 +128,7 @@ def generate_scales(
     device = core.pos_start.device
     seeds_B = check_request(core, labels_B, seeds).to(device)
     finite: list[Tensor] = []
-    for step in draw_scales(model, quantizer, labels_B.to(device), seeds_B, options):
+    for step in draw_scales(model, quantizer, labels_B.to(device), seeds_B, options, forced, toward):
         finite.append(step.finite)
         if step.scale + 1 == core.pyramid.num_scales:
             require_finite(core, torch.stack(finite))
@@ -106,12 +136,18 @@ def generate_scales(
 
 
 def draw_scales(
-    model: nn.Module, quantizer: Quantizer, labels_B: Tensor, seeds_B: Tensor, options: SamplingOptions
+    model: nn.Module,
+    quantizer: Quantizer,
+    labels_B: Tensor,
+    seeds_B: Tensor,
+    options: SamplingOptions,
+    forced: Forced | None = None,
+    toward: Toward | None = None,
 ) -> Iterator[ScaleSample]:
     """The work of `generate_scales`, with labels and seeds on the model's device. The host reads nothing back."""
     core: Any = getattr(model, "module", model)
     of_scales = options.of_scales(core.pyramid.num_scales)
-    guided = Guided(model, labels_B, guided_scales(of_scales))
+    guided = Guided(model, labels_B, guided_scales(of_scales), toward)
     f_hat_BChw = quantizer.start(len(labels_B), labels_B.device)
     inputs_BLkC: Tensor | None = None
     for scale, own in enumerate(of_scales):
@@ -126,24 +162,35 @@ def draw_scales(
             codes_BLk = logits_BLV.argmax(dim=-1)  # the first of a tie
         else:
             codes_BLk = draw_codes(kept_BLV, token_uniforms(seeds_B, scale, kept_BLV.shape[1]))
+        given_BLk = None
+        if forced is not None:
+            given_BLk, own_BLk = forced.given(scale)
+            codes_BLk = torch.where(given_BLk, own_BLk, codes_BLk)
+        vectors_BLkC = quantizer.words(codes_BLk, scale)
         if options.smooth:
             progress = scale / max(core.pyramid.num_scales - 1, 1)
-            vectors_BLkC = mix_code_vectors(kept_BLV, quantizer.embedding.weight, seeds_B, scale, progress)
-            f_hat_BChw, inputs_BLkC = quantizer.add_code_vectors(f_hat_BChw, vectors_BLkC, scale)
-        else:
-            f_hat_BChw, inputs_BLkC = quantizer.add_scale(f_hat_BChw, codes_BLk, scale)
+            mixed_BLkC = mix_code_vectors(kept_BLV, quantizer.embedding.weight, seeds_B, scale, progress)
+            if given_BLk is None:
+                vectors_BLkC = mixed_BLkC
+            else:
+                vectors_BLkC = torch.where(given_BLk.unsqueeze(-1), vectors_BLkC, mixed_BLkC)
+        f_hat_BChw, inputs_BLkC = quantizer.add_code_vectors(f_hat_BChw, vectors_BLkC, scale)
+        if forced is not None:
+            forced.added(scale, vectors_BLkC)
         yield ScaleSample(scale, codes_BLk, f_hat_BChw, logits_BLV.isfinite().all())
 
 
 class Guided:
     """Logits of one scale after the other, coarse to fine, with classifier-free guidance.
 
-    Images without their class run beside those with it, as long as they are needed: in the first `doubled` scales.
+    The same images with other labels run beside those with their own: with `toward`'s, and without a class as long as
+    that is needed, in the first `doubled` scales.
     """
 
-    def __init__(self, model: nn.Module, labels_B: Tensor, doubled: int) -> None:
+    def __init__(self, model: nn.Module, labels_B: Tensor, doubled: int, toward: Toward | None = None) -> None:
         core: Any = getattr(model, "module", model)
-        self._model, self._labels_B, self._doubled = model, labels_B, doubled
+        self._model, self._batch, self._doubled, self._toward = model, len(labels_B), doubled, toward
+        self._classes = (labels_B,) if toward is None else (labels_B, toward.labels_B)
         self._none_B = torch.full_like(labels_B, core.num_classes)
         self._state = DecodeState()
 
@@ -151,14 +198,15 @@ class Guided:
         """(B, Lk, V) of `scale`; `inputs`: what the quantizer gave for it, None at the coarsest."""
         both = scale < self._doubled
         if scale == self._doubled > 0:
-            self._state.keep_first(len(self._labels_B))
-        labels_B = torch.cat((self._labels_B, self._none_B)) if both else self._labels_B
-        x_BLkC = None if inputs_BLkC is None else inputs_BLkC.repeat(1 + both, 1, 1)
-        logits_BLV: Tensor = self._model(labels_B, x_BLkC, state=self._state, scales=range(scale, scale + 1))
-        if not both:
-            return logits_BLV
-        with_class_BLV, without_BLV = logits_BLV.chunk(2)
-        return (1 + strength) * with_class_BLV - strength * without_BLV
+            self._state.keep_first(self._batch * len(self._classes))
+        labels = (*self._classes, self._none_B) if both else self._classes
+        x_BLkC = None if inputs_BLkC is None else inputs_BLkC.repeat(len(labels), 1, 1)
+        logits: Tensor = self._model(torch.cat(labels), x_BLkC, state=self._state, scales=range(scale, scale + 1))
+        parts = logits.chunk(len(labels))
+        with_class_BLV = parts[0]
+        if self._toward is not None:
+            with_class_BLV = (1 - self._toward.share) * parts[0] + self._toward.share * parts[1]
+        return (1 + strength) * with_class_BLV - strength * parts[-1] if both else with_class_BLV
 
 
 def require_finite(model: MVAR, finite_S: Tensor) -> None:

@@ -184,6 +184,22 @@ class Quantizer(nn.Module):
         device = self.embedding.weight.device if device is None else device
         return torch.zeros(batch, self.latent_channels, self.side, self.side, device=device)
 
+    def words(self, codes_BLk: Tensor, scale: int) -> Tensor:
+        """Codes of one scale (B, Lk) -> their words (B, Lk, C). Raises TokenizerError."""
+        length = self.pyramid.lengths[scale]
+        if codes_BLk.dim() != 2 or codes_BLk.shape[1] != length:
+            raise TokenizerError(
+                f"codes of scale {scale}: got shape {list(codes_BLk.shape)}, expected (batch, {length})."
+            )
+        vectors_BLC: Tensor = self.embedding(codes_BLk)
+        return vectors_BLC
+
+    @torch.no_grad()
+    def contribution(self, vectors_BLC: Tensor, scale: int) -> Tensor:
+        """What `add_code_vectors` adds for vectors (B, Lk, C) of one scale: (B, C, side, side) float32."""
+        with _exact(vectors_BLC):
+            return self._mended(vectors_BLC, scale)
+
     @torch.no_grad()
     def add_scale(self, f_hat_BChw: Tensor, codes_BLk: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """Add one scale's codes (B, Lk) to the running reconstruction.
@@ -191,7 +207,7 @@ class Quantizer(nn.Module):
         Returns the new reconstruction and what the transformer is fed for the next scale, (B, L of the next, C)
         float32; None after the last scale. `f_hat_BChw` itself is left alone.
         """
-        return self.add_code_vectors(f_hat_BChw, self._words(codes_BLk, scale), scale)
+        return self.add_code_vectors(f_hat_BChw, self.words(codes_BLk, scale), scale)
 
     @torch.no_grad()
     def add_code_vectors(self, f_hat_BChw: Tensor, vectors_BLC: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
@@ -255,23 +271,13 @@ class Quantizer(nn.Module):
             for scale in range(self.pyramid.num_scales):
                 rows_NC = _rows_BLC(self.shrunk(rest_BChw, scale)).reshape(-1, self.latent_channels)
                 codes_BLk = self._nearest(rows_NC, half_norms_V).view(f_BChw.shape[0], -1)
-                h_BChw = self._mended(self._words(codes_BLk, scale), scale)
+                h_BChw = self._mended(self.words(codes_BLk, scale), scale)
                 f_hat_BChw = f_hat_BChw + h_BChw
                 rest_BChw = rest_BChw - h_BChw.detach()
                 codes_k.append(codes_BLk)
                 f_hats_k.append(f_hat_BChw)
                 residuals_k.append(rows_NC)
         return _Steps(tuple(codes_k), tuple(f_hats_k), tuple(residuals_k))
-
-    def _words(self, codes_BLk: Tensor, scale: int) -> Tensor:
-        """Codes of one scale (B, Lk) -> their words (B, Lk, C)."""
-        length = self.pyramid.lengths[scale]
-        if codes_BLk.dim() != 2 or codes_BLk.shape[1] != length:
-            raise TokenizerError(
-                f"codes of scale {scale}: got shape {list(codes_BLk.shape)}, expected (batch, {length})."
-            )
-        vectors_BLC: Tensor = self.embedding(codes_BLk)
-        return vectors_BLC
 
     def _mended(self, vectors_BLC: Tensor, scale: int) -> Tensor:
         """What one scale adds to the feature map: its words, enlarged by bicubic interpolation, through phi."""

@@ -18,10 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
+from PIL import Image
 
 from mvar.cli import main as mvar
+from mvar.gallery.entries import entries_of
+from mvar.gallery.studio import Studio
+from mvar.images.arrays import save_png
 from mvar.testing.tiny_pairs import PYRAMID, write_pair
 from tests.browser import browser, require_browser
 from tests.golden import REPOSITORY
@@ -58,13 +64,14 @@ def start(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], int]:
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GRADIO_TEMP_DIR": str(folder / "gradio")}
     process = subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     began = time.monotonic()
-    while time.monotonic() - began < 2 * PATIENCE_S:
+    while time.monotonic() - began < 5 * PATIENCE_S:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         try:
             http.client.HTTPConnection("127.0.0.1", port, timeout=10).request("GET", "/")
             return process, port
         except OSError:
             time.sleep(0.2)
+    process.kill()
     raise AssertionError("the gallery does not answer")
 
 
@@ -148,6 +155,17 @@ class Page:
             lambda _: len(self.sources(f"#{sheet} .done img")) == pictures or self.text(f"#{sheet} .error")
         )
         return self.sources(f"#{sheet} .done img")
+
+
+def paint(canvas: Any) -> bool:
+    """A stroke through the middle of what is shown."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    hand = ActionChains(canvas.parent).move_to_element_with_offset(canvas, -40, 0).click_and_hold()
+    for _ in range(8):
+        hand = hand.move_by_offset(8, 0)
+    hand.release().perform()
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -244,16 +262,46 @@ def test_ten_clicks_leave_memory_where_it_was(page: Page, served: Served) -> Non
     assert served.rss_mib() - before < 16
 
 
-def test_a_port_in_use_ends_the_second_gallery_with_one_message(served: Served, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mvar.cli", "gallery", *write_pair(tmp_path), "--port", str(served.port)]
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=2 * PATIENCE_S)
-    assert done.returncode == 2 and f"--port {served.port}: cannot be listened on" in done.stderr
+def test_a_port_in_use_ends_the_second_gallery_with_one_message(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mvar(["gallery", *write_pair(tmp_path), "--port", str(served.port)]) == 2
+    assert f"--port {served.port}: cannot be listened on" in capsys.readouterr().err
+
+
+def test_a_picture_is_painted_on_and_redrawn_there_as_its_command_does_it(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_png(tmp_path / "mine.png", np.random.default_rng(5).integers(0, 256, (16, 16, 3), np.uint8))
+    page.tab("Edit")
+    page.type("edit-count", "1")
+    page.type("edit-class", "1")
+    assert page.draw("edit-button", "edit-sheet") == [] and "no picture yet" in page.text("#edit-sheet .error")
+    canvas = page.find("#edit-picture canvas")
+    time.sleep(2)  # Nothing tells when it takes pictures.
+    page.driver.find_element("css selector", "#edit-picture input[type=file]").send_keys(str(tmp_path / "mine.png"))
+    time.sleep(2)  # Nor when it shows one.
+    paint(canvas)
+    (source,) = page.draw("edit-button", "edit-sheet")
+    for link in page.driver.find_elements("css selector", "#edit-files a.download"):
+        data = link.get_attribute("href").partition(",")[2]
+        (tmp_path / link.get_attribute("download")).write_bytes(base64.b64decode(data))
+    with Image.open(tmp_path / "mask.png") as mask, Image.open(tmp_path / "picture.png") as picture:
+        marked = np.asarray(mask)[..., 0] == 255
+        assert mask.size == picture.size == (16, 16) and 0 < marked.mean() < 0.9
+    command = shlex.split(page.text("#edit-command .cm-content"))
+    assert command[:2] == ["mvar", "edit"]
+    monkeypatch.chdir(tmp_path)
+    assert mvar([*command[1:], "--device", "cpu"]) == 0
+    assert (tmp_path / "edited" / "00000.png").read_bytes() == base64.b64decode(source.partition(",")[2])
 
 
 def test_a_gallery_with_a_password_shows_nothing_without_it(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("sesame\n")
-    process, port = start(tmp_path, *write_pair(tmp_path), "--password-file", str(tmp_path / "secret"))
+    from mvar.gallery.page import Gallery, build, serve
+
+    _, weights, _, tokenizer = write_pair(tmp_path)
+    exhibits = entries_of([Path(weights)], [Path(tokenizer)])
+    blocks, port = build(Gallery(Studio(torch.device("cpu")), exhibits)), free_port()
 
     def ask(method: str, path: str, form: dict[str, str] | None = None, cookie: str = "") -> tuple[int, bytes, str]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
@@ -263,6 +311,7 @@ def test_a_gallery_with_a_password_shows_nothing_without_it(tmp_path: Path) -> N
         cookies = [value.partition(";")[0] for key, value in answer.getheaders() if key.lower() == "set-cookie"]
         return answer.status, answer.read(), "; ".join(cookies)
 
+    serve(blocks, "127.0.0.1", port, ("mvar", "sesame"))
     try:
         assert ask("GET", "/config")[0] == 401 and b"checkpoint" not in ask("GET", "/")[1]
         assert ask("POST", "/login", {"username": "mvar", "password": "guess"})[0] == 400
@@ -271,4 +320,4 @@ def test_a_gallery_with_a_password_shows_nothing_without_it(tmp_path: Path) -> N
         status, body, _ = ask("GET", "/config", cookie=cookie)
         assert status == 200 and b"checkpoint" in body
     finally:
-        stop(process)
+        blocks.close(verbose=False)
