@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import ipaddress
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Sequence
@@ -114,13 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(page, args.host, args.port, None if password is None else (USER, password))
     except OSError as error:
         raise ConfigError(f"--port {args.port}: {error}. Choose another --port.") from None
-    try:
-        log.info("gallery: http://%s:%d/ shows %d checkpoints; Ctrl-C ends it", args.host, args.port, len(entries))
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        page.close(verbose=False)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    log.info("gallery: http://%s:%d/ shows %d checkpoints; Ctrl-C ends it", args.host, args.port, len(entries))
+    ended.wait()
+    page.close(verbose=False)
     return 0
 
 

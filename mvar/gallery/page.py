@@ -144,9 +144,12 @@ def build(gallery: Gallery) -> Any:
             with gr.Column(scale=2):
                 known, sheet = gr.HTML(), gr.HTML(elem_id="draw-sheet")
                 command = _command("draw")
-        drawing: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": ONE, "show_progress": "minimal"}
+        # Documented calls stand in the page before anybody is asked for a password, with all their choices.
+        calls: dict[str, Any] = {"api_visibility": "private"}
+        one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": ONE, **calls}
+        drawing = {"show_progress": "minimal", **one}
         button.click(gallery.draw, [entry, *wish, *how], [sheet, command], **drawing)
-        entry.change(gallery.classes, entry, known, concurrency_limit=1, concurrency_id=ONE)
+        entry.change(gallery.classes, entry, known, **one)
         with gr.Tab("Compare"):
             with gr.Row():
                 both = _wish_fields("compare")
@@ -176,8 +179,8 @@ def build(gallery: Gallery) -> Any:
         button.click(gallery.edit, [painted, edited, *redraw, *how], [sheet, command, files], **drawing)
         with gr.Tab("Curves") as tab:
             curves = gr.HTML(elem_id="curves")
-        tab.select(gallery.curves, None, curves)
-        page.load(gallery.classes, entry, known, concurrency_limit=1, concurrency_id=ONE)
+        tab.select(gallery.curves, None, curves, **calls)
+        page.load(gallery.classes, entry, known, **one)
     return page
 
 

@@ -313,11 +313,11 @@ def test_a_gallery_with_a_password_shows_nothing_without_it(tmp_path: Path) -> N
 
     serve(blocks, "127.0.0.1", port, ("mvar", "sesame"))
     try:
-        assert ask("GET", "/config")[0] == 401 and b"checkpoint" not in ask("GET", "/")[1]
+        assert ask("GET", "/config")[0] == 401 and b"model.safetensors" not in ask("GET", "/")[1]
         assert ask("POST", "/login", {"username": "mvar", "password": "guess"})[0] == 400
         status, _, cookie = ask("POST", "/login", {"username": "mvar", "password": "sesame"})
         assert status == 200 and cookie
         status, body, _ = ask("GET", "/config", cookie=cookie)
-        assert status == 200 and b"checkpoint" in body
+        assert status == 200 and b"model.safetensors" in body
     finally:
         blocks.close(verbose=False)
