@@ -42,5 +42,11 @@ def helper(action: Callable[[], object], name: str) -> threading.Thread:
 
 def on_one_core(action: Callable[[], T]) -> T:
     """What `action` gives, computed by one thread: float32 sums that are split over threads depend on their number."""
-    with ThreadPoolExecutor(1, "mvar-alone", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    use_gpu = same_gpu()
+
+    def begin() -> None:
+        use_gpu()
+        torch.set_num_threads(1)
+
+    with ThreadPoolExecutor(1, "mvar-alone", initializer=begin) as pool:
         return pool.submit(action).result()

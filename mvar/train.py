@@ -27,6 +27,7 @@ from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, ConfigError
 from mvar.log import log, rank_hint, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.command import run_training
+from mvar.run.film import FILM, write_film
 from mvar.run.folder import RunFolder
 from mvar.run.history import History
 from mvar.run.launcher import detect
@@ -202,6 +203,8 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
 
     def finish(self, done: int) -> None:
         run, world = self.session.run, self.session.world
+        if world.is_main and self.job.config.tracking.sample_every:
+            self.film()
         world.together(lambda: run.finish(done, self.job.plan.samples(done)) if world.is_main else None)
         if world.is_main:
             log.info("finished after %d steps: %s", done, run.path)
@@ -286,6 +289,14 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
             self.tracker.write("sample", done, file=name)
         elif self.session.world.is_main:
             log.warning("step %d: no samples were drawn: %s", done, problem)
+
+    def film(self) -> None:
+        """The grids as one film, on rank 0. A failure is told and costs the film, not the run."""
+        run = self.session.run
+        try:
+            write_film(run, run.samples / FILM)
+        except Exception as error:
+            log.warning("%s: no film was made of it: %s", run.samples, error)
 
     def evaluate(self, done: int) -> None:
         """Figures of drawn pictures. A failure is told and costs the figures, not the run. Raises StopAskedError."""

@@ -3,7 +3,7 @@
 config.yaml       the resolved configuration of the last start
 metrics.jsonl     every measurement (see mvar.run.tracking)
 checkpoints/      step-000000123/ ... (see mvar.checkpoint.record)
-samples/          grids of pictures
+samples/          grids of pictures; at the end film.webp of them
 logs/             under Slurm, what each rank says (see mvar.log); of a chain of jobs, see mvar.cluster.chain
 STOP              made by a user: save, stop with exit code 75; removed when heeded
 FINISHED          made at the end: the same command has nothing left to do

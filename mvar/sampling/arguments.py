@@ -71,12 +71,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_model(add: Callable[..., Any]) -> None:
+def add_model(add: Callable[..., Any], *, tokenizer_required: bool = True) -> None:
     """The options that name a model and its tokenizer; `add`: of the group they go into."""
     add("--weights", type=Path, required=True, help="run folder, checkpoint folder, .safetensors or published .pth")
     add("--step", type=int, help="which checkpoint of a run (default: the newest that verifies)")
     add("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
-    add("--tokenizer", type=Path, required=True, help="file of the tokenizer that made the codes")
+    add("--tokenizer", type=Path, required=tokenizer_required, help="file of the tokenizer that made the codes")
 
 
 def add_machine(add: Callable[..., Any]) -> None:

@@ -27,7 +27,7 @@ from mvar.images.arrays import Bytes, from_uint8, to_uint8
 from mvar.model.kernels.arithmetic import ieee
 from mvar.model.transformer import MVAR
 from mvar.sampling.canvas import Redrawn
-from mvar.sampling.forcing import Across, ForcedCodes, ForcedResidual, Forcing, KnownTokens, known_cells
+from mvar.sampling.forcing import Across, ForcedCodes, ForcedResidual, Forcing, known_cells, known_tokens
 from mvar.sampling.options import DEFAULTS, SamplingOptions
 from mvar.sampling.sampler import Forced, generate_latent
 from mvar.tokenizer.vqvae import VQVAE
@@ -93,7 +93,7 @@ class Editing:
             shown_1CHW = hidden(shown_1CHW, redrawn)
         with torch.no_grad(), ieee(device):
             self._features_1Chw = tokenizer.features(shown_1CHW.to(device))
-        self._known = KnownTokens.of(
+        self._tokens_S = known_tokens(
             quantizer, known_hw.to(device), across=options.across, whole_scales=options.vary or 0
         )
         self.picture_HWC, self._redrawn_HW = np.array(picture_HWC), redrawn_HW
@@ -108,10 +108,12 @@ class Editing:
     def forced(self) -> Forced:
         """The tokens that are given, for one drawing."""
         kind = ForcedResidual if self.options.forcing == "residual" else ForcedCodes
-        return kind(self._quantizer, self._features_1Chw, self._known)
+        return kind(self._quantizer, self._features_1Chw, self._tokens_S)
 
     def marked(self, picture_HWC: Bytes) -> Bytes:
-        """A picture with what is redrawn paled, to look at: uint8 (H, W, 3)."""
+        """A picture with what is redrawn paled, to look at, unless that is all: uint8 (H, W, 3)."""
+        if self._redrawn_HW.all():
+            return picture_HWC
         marked: Bytes = np.where(self._redrawn_HW[..., None], picture_HWC // 4 + 160, picture_HWC).astype(np.uint8)
         return marked
 

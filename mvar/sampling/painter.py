@@ -67,8 +67,12 @@ class Painter:
         self._own = threading.local()
 
     def variant(self, *, forced: Callable[[], Forced] | None = None, toward: Toward | None = None) -> Painter:
-        """The same, with tokens that are given or a class to draw toward; see GraphedDrawing."""
+        """The same, with tokens that are given or a class to draw toward; see GraphedDrawing.
+
+        Toward another class it is without a graph: each share would be captured anew.
+        """
         other = copy.copy(self)
+        other._graphed = self._graphed and toward is None
         other._forced, other._toward, other._own = forced, toward, threading.local()
         return other
 

@@ -312,6 +312,8 @@ def test_pictures_and_validation_are_recorded_from_sharded_weights(tmp_path: Pat
         tracking__sample_per_class=3,
         tracking__validate_every=0,
         tracking__tensorboard=True,
+        checkpoint__every_steps=2,
+        checkpoint__keep_last=2,
     )
     job = Ranks(
         "mvar.testing.ranks:command", ["mvar.train", ["--config", str(path), "max_steps=5"]], 2, tmp_path / "logs"
@@ -324,8 +326,17 @@ def test_pictures_and_validation_are_recorded_from_sharded_weights(tmp_path: Pat
     with Image.open(run.path / drawn[-1]) as picture:
         assert picture.size == (3 * 6 + 2 * 2, 2 * 6 + 2)
         assert len(picture.getcolors(10_000) or []) > 10
+    with Image.open(run.samples / "film.webp") as film:
+        assert getattr(film, "n_frames", 1) == 3, "the grids, as one film"
     assert len(losses(run.path)) == 5
     assert "FutureWarning" not in job.output()
+    named = ["--weights", str(run.path), "--tokenizer", str(store / "tokenizer.safetensors"), "--device", "cpu"]
+    assert cli(["filmstrip", "--over", "checkpoints", *named, "--out", str(tmp_path / "strip")]) == 0
+    with Image.open(tmp_path / "strip.png") as strip:
+        factor, apart = 64 // 6, 6 + 2
+        assert strip.size == ((2 * apart - 2) * factor, (3 * apart - 2) * factor), "two checkpoints of three classes"
+        columns = [strip.crop((left, 0, left + 6 * factor, strip.height)) for left in (0, apart * factor)]
+        assert columns[0].tobytes() != columns[1].tobytes()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from mvar.errors import ConfigError, ImageError
 from mvar.images.arrays import from_uint8, to_uint8
 from mvar.sampling.canvas import Area, Canvas, Redrawn
 from mvar.sampling.editing import EditOptions, drawn_share, edit, hidden
+from mvar.sampling.forcing import Across
 from mvar.sampling.options import SamplingOptions
 from tests.unit.sampling.test_graph import pair
 
@@ -47,11 +48,13 @@ def test_the_known_part_is_the_reconstruction_beyond_the_edge() -> None:
     assert np.array_equal(own[0, :, :4], picture()[:, :4])
 
 
-def test_nothing_of_what_is_hidden_is_in_the_result() -> None:
+@pytest.mark.parametrize("across", ["drawn", "given"])
+def test_nothing_of_what_is_hidden_is_in_the_result(across: Across) -> None:
     model, tokenizer = pair()
     other = picture()
     other[:, 4:] = 255 - other[:, 4:]
-    both = [edit(model, tokenizer, one, right(), LABELS, OPTIONS) for one in (picture(), other)]
+    how = EditOptions(across=across)
+    both = [edit(model, tokenizer, one, right(), LABELS, OPTIONS, how=how) for one in (picture(), other)]
     assert np.array_equal(both[0], both[1])
     varied = [
         edit(model, tokenizer, one, right(), LABELS, OPTIONS, how=EditOptions(vary=1)) for one in (picture(), other)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvar.sampling.forcing import ForcedCodes, ForcedResidual, KnownTokens, known_cells
+from mvar.sampling.forcing import ForcedCodes, ForcedResidual, known_cells, known_tokens
 from mvar.sampling.options import SamplingOptions
-from mvar.sampling.sampler import Toward, generate_codes, generate_latent
+from mvar.sampling.sampler import Toward, draw_scales, generate_codes, generate_latent
 from mvar.tokenizer.quantizer import Quantizer
 from tests.unit.sampling.test_sampler import PYRAMID, small
 
@@ -36,7 +36,7 @@ def left_half() -> Tensor:
 def test_a_picture_that_is_known_whole_comes_out_as_its_codes(way: Way, smooth: bool) -> None:
     model, quantizer = small()
     f_1Chw = features()
-    known = KnownTokens.of(quantizer, torch.ones(4, 4, dtype=torch.bool))
+    known = known_tokens(quantizer, torch.ones(4, 4, dtype=torch.bool))
     options = SamplingOptions(top_k=20, smooth=smooth)
     own_1L = quantizer.encode(f_1Chw)
     drawn_BL = generate_codes(model, quantizer, LABELS, options, forced=way(quantizer, f_1Chw, known))
@@ -49,7 +49,7 @@ def test_a_picture_that_is_known_whole_comes_out_as_its_codes(way: Way, smooth: 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_a_picture_of_which_nothing_is_known_is_plain_sampling_bit_for_bit(way: Way, smooth: bool) -> None:
     model, quantizer = small()
-    known = KnownTokens.of(quantizer, torch.zeros(4, 4, dtype=torch.bool))
+    known = known_tokens(quantizer, torch.zeros(4, 4, dtype=torch.bool))
     options = SamplingOptions(top_k=20, smooth=smooth)
     forced = way(quantizer, features(), known)
     latent = generate_latent(model, quantizer, LABELS, options, forced=forced)
@@ -58,8 +58,8 @@ def test_a_picture_of_which_nothing_is_known_is_plain_sampling_bit_for_bit(way: 
 
 def test_tokens_across_the_edge_are_drawn_or_given() -> None:
     quantizer = small()[1]
-    drawn = KnownTokens.of(quantizer, left_half()).tokens_S
-    given = KnownTokens.of(quantizer, left_half(), across="given").tokens_S
+    drawn = known_tokens(quantizer, left_half())
+    given = known_tokens(quantizer, left_half(), across="given")
     assert [tokens.view(side, side)[0].tolist() for side, tokens in zip(PYRAMID, drawn, strict=True)] == [
         [False],
         [True, False],
@@ -74,23 +74,11 @@ def test_tokens_across_the_edge_are_drawn_or_given() -> None:
     ]
 
 
-def test_given_tokens_are_made_of_the_known_cells_alone() -> None:
-    model, quantizer = small()
-    known = KnownTokens.of(quantizer, left_half(), across="given")
-    f_1Chw = features()
-    other = torch.where(left_half(), f_1Chw, features(1) * 9)
-    drawn = [
-        generate_codes(model, quantizer, LABELS, OPTIONS, forced=ForcedResidual(quantizer, f, known))
-        for f in (f_1Chw, other)
-    ]
-    assert torch.equal(drawn[0], drawn[1])
-
-
 def test_the_residual_is_that_of_what_was_really_accumulated() -> None:
     """At each scale the given word is the nearest to what the map still lacks, drawn tokens around it included."""
     model, quantizer = small()
     f_1Chw = features()
-    known = KnownTokens.of(quantizer, left_half())
+    known = known_tokens(quantizer, left_half())
     forced = ForcedResidual(quantizer, f_1Chw, known)
     codes_BL = generate_codes(model, quantizer, LABELS, OPTIONS, forced=forced)
     own_1L = quantizer.encode(f_1Chw)
@@ -100,12 +88,12 @@ def test_the_residual_is_that_of_what_was_really_accumulated() -> None:
         rest_BChw = f_1Chw - quantizer.latent_from_codes(codes_BL, scale) if scale else f_1Chw.expand(3, -1, -1, -1)
         rows_NC = quantizer.shrunk(rest_BChw, scale).flatten(2).transpose(1, 2).reshape(-1, 4)
         nearest_BLk = quantizer.nearest(rows_NC).view(3, -1)
-        given_Lk = known.tokens_S[scale][0]
+        given_Lk = known[scale][0]
         assert torch.equal(codes_BL[:, at][:, given_Lk], nearest_BLk[:, given_Lk])
         changed += int((codes_BL[:, at][:, given_Lk] != own_1L[:, at][:, given_Lk]).sum())
     assert changed, "drawn neighbours made other words necessary"
     plain_BL = generate_codes(model, quantizer, LABELS, OPTIONS, forced=ForcedCodes(quantizer, f_1Chw, known))
-    given_L = torch.cat(known.tokens_S, dim=1)[0]
+    given_L = torch.cat(known, dim=1)[0]
     assert torch.equal(plain_BL[:, given_L], own_1L.expand(3, -1)[:, given_L])
 
 
@@ -115,7 +103,7 @@ def test_quantizing_anew_keeps_the_known_part_better_than_its_own_codes() -> Non
     for seed in range(6):
         f_1Chw = 0.5 * features(seed)
         for way in error:
-            forced = way(quantizer, f_1Chw, KnownTokens.of(quantizer, left_half()))
+            forced = way(quantizer, f_1Chw, known_tokens(quantizer, left_half()))
             latent = generate_latent(model, quantizer, LABELS, OPTIONS, forced=forced)
             error[way] += float((latent - f_1Chw)[..., left_half()].square().mean())
     assert error[ForcedResidual] < 0.8 * error[ForcedCodes]
@@ -126,7 +114,7 @@ def test_quantizing_anew_keeps_the_known_part_better_than_its_own_codes() -> Non
 def test_coarse_scales_can_be_kept_and_the_others_redrawn(way: Way, first: int) -> None:
     model, quantizer = small()
     f_1Chw = features()
-    known = KnownTokens.of(quantizer, torch.zeros(4, 4, dtype=torch.bool), whole_scales=first)
+    known = known_tokens(quantizer, torch.zeros(4, 4, dtype=torch.bool), whole_scales=first)
     drawn_BL = generate_codes(model, quantizer, LABELS, OPTIONS, forced=way(quantizer, f_1Chw, known))
     kept = quantizer.pyramid.offsets[first]
     own_1L = quantizer.encode(f_1Chw)
@@ -151,13 +139,28 @@ def test_a_path_between_classes_ends_in_plain_sampling_of_each(options: Sampling
     assert not torch.equal(path[1], ends[0]) and not torch.equal(path[1], ends[1])
 
 
+@WAYS
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_host_reads_nothing_while_tokens_are_given(way: Way, smooth: bool) -> None:
+    """A tensor on the meta device has no values: reading one is an error."""
+    model, quantizer = small()
+    known = [tokens.to("meta") for tokens in known_tokens(quantizer, left_half(), across="given")]
+    model, quantizer = model.to("meta"), quantizer.to("meta")
+    labels_B = torch.zeros(2, dtype=torch.int64, device="meta")
+    options = SamplingOptions(top_k=8, smooth=smooth)
+    forced, toward = way(quantizer, features().to("meta"), known), Toward(labels_B, 0.5)
+    with torch.no_grad():
+        steps = list(draw_scales(model, quantizer, labels_B, labels_B, options, forced, toward))
+    assert [step.codes_BLk.shape for step in steps] == [(2, 1), (2, 4), (2, 9), (2, 16)]
+
+
 def test_the_drawing_in_one_go_has_all_scales_and_the_same_tokens() -> None:
     from mvar.sampling.graph import GraphedDrawing
     from tests.unit.sampling.test_graph import OPTIONS, pair
 
     model, tokenizer = pair()
     quantizer: Quantizer = tokenizer.quantizer
-    known = KnownTokens.of(quantizer, torch.tensor([[True, True, False]] * 3))
+    known = known_tokens(quantizer, torch.tensor([[True, True, False]] * 3))
     make = lambda: ForcedResidual(quantizer, features()[..., :3, :3], known)  # noqa: E731
     labels_B, seeds = torch.tensor([2, 0]), [5, 6]
     drawing = GraphedDrawing(
