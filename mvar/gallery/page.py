@@ -230,7 +230,21 @@ def serve(page: Any, host: str, port: int, auth: tuple[str, str] | None) -> Any:
 
     theme = gr.themes.Base(font=FONTS[0], font_mono=FONTS[1])
     return page.queue(max_size=16).launch(
-        server_name=host, server_port=port, auth=auth, app_kwargs={"middleware": [Middleware(OwnHostOnly)]},
-        prevent_thread_lock=True, quiet=True, max_file_size="64mb", share=False, inbrowser=False, ssr_mode=False, pwa=False,
-        show_error=True, footer_links=[], theme=theme, css=show.CSS, enable_monitoring=False, mcp_server=False,
-    )  # fmt: skip
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        app_kwargs={"middleware": [Middleware(OwnHostOnly)]},
+        prevent_thread_lock=True,
+        quiet=True,
+        max_file_size="64mb",
+        share=False,
+        inbrowser=False,
+        ssr_mode=False,
+        pwa=False,
+        show_error=True,
+        footer_links=[],
+        theme=theme,
+        css=show.CSS,
+        enable_monitoring=False,
+        mcp_server=False,
+    )
