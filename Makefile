@@ -41,7 +41,7 @@ test-slow: setup-dev
 
 # Starts a Slurm cluster of virtual nodes; without its packages, or without root, these tests skip and say why.
 test-slurm: setup-dev
-	$(BIN)/python -m pytest -m slurm --durations=0 --durations-min=1 tests/slurm
+	$(BIN)/python -m pytest -m "slurm and not slow" --durations=0 --durations-min=1 tests/slurm
 
 # Gradio wants an older Pillow than requirements.txt pins: it lies in an environment of its own, on top of .venv.
 GALLERY := .venv-gallery

@@ -24,9 +24,10 @@ from benchmarks.harness import Report, parser, side_by_side
 from mvar.config import TrainConfig
 from mvar.model.attention import ScaleAttention
 from mvar.model.mamba2 import Mamba2
+from mvar.plan.links import Kind
 from mvar.plan.memory import Setup, model_state
 from mvar.plan.sizes import Sizes
-from mvar.plan.traffic import Traffic, traffic
+from mvar.plan.traffic import Collective, Traffic, traffic
 from mvar.scales import PATCH_NUMS_256, PATCH_NUMS_512
 from mvar.testing.code_stores import make_store
 from mvar.testing.engine_bytes import measure
@@ -99,7 +100,9 @@ def bytes_of_stages(report: Report, world: int, precision: str) -> None:
             held, sent = ranks_found[0]["held"], ranks_found[0]["sent"]
             state = held["weights"] + held["gradients"] + held["optimizer"]
             gathered = sent["all_gather_into_tensor"] + sent["all_gather"]
-            real = Traffic(sent["all_reduce"], sent["reduce_scatter_tensor"], gathered, world)
+            summed, scattered = sent["all_reduce"], sent["reduce_scatter_tensor"]
+            handed: dict[Kind, int] = {"all_reduce": summed, "reduce_scatter": scattered, "all_gather": gathered}
+            real = Traffic(world, after=tuple(Collective(kind, count, 1) for kind, count in handed.items()))
             theory = traffic(sizes, setup)
             report.context[f"zero{stage}"] = {
                 "parameters": sizes.parameters,

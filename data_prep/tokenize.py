@@ -117,7 +117,7 @@ def make_share(maker: ShardMaker, mine: list[ShardPlan]) -> int:
     """Make those of the shards that are not complete; returns how many were."""
     waiting = [shard for shard in mine if not maker.is_complete(shard)]
     verified = len(mine) - len(waiting)
-    maker.progress.total = sum(shard.samples for shard in waiting)
+    maker.progress.expect(sum(shard.samples for shard in waiting))
     maker.progress.say(f"{len(mine)} shards are this task's, {verified} of them complete")
     for _ in maker.make(waiting):
         pass

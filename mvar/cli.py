@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate-model": ("mvar.evaluate_model", "loss, bits a token and accuracy on a whole split of a code store"),
     "reference": ("mvar.reference", "statistics of real images, for evaluations to come"),
     "export": ("mvar.export", "write a checkpoint's weights for others"),
+    "import-published": ("mvar.import_published", "the published weights as a hub folder, checked"),
     "inspect-checkpoint": ("mvar.inspect_checkpoint", "what is in a checkpoint, and whether it is in order"),
     "scrub": ("mvar.scrub", "read all that is kept of runs and stores, and compare it with its digests"),
     "verify-step": ("mvar.verify_step", "whether the machines of a run compute the same twice"),

@@ -25,9 +25,8 @@ from mvar.errors import ConfigError, MvarError
 from mvar.evaluation import EVALUATIONS, judging, told
 from mvar.evaluation.classifier import fit, load_classifier, save_classifier
 from mvar.evaluation.extractors import Extractor, open_extractor
-from mvar.evaluation.features import extract
 from mvar.evaluation.fidelity import NEIGHBOURS
-from mvar.evaluation.figures import PARTS, all_figures
+from mvar.evaluation.figures import PARTS, measure
 from mvar.evaluation.judging import LabelledImages
 from mvar.evaluation.pictures import CentreView, PictureSet, SkipBad, samples_of
 from mvar.evaluation.real import RealImages, add_arguments
@@ -94,12 +93,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     extractor = open_extractor(args.features, device)
     reference = the_reference(args, extractor, pictures.size)
     where = str(args.reference or reference.context["made_of"])
-    reference.require_like(extractor, pictures.size, f"reference {where}")
     require_several_classes(pictures, reference)
-    samples = extract(pictures, extractor, batch=args.batch, parts=PARTS, classes=True)
-    spatial = None if samples.spatial_P is None else samples.spatial_P[0].gaussian().mean_F.shape[0]
-    reference.require_width(samples.features_NF.shape[1], spatial, f"reference {where}")
-    figures = all_figures(samples, reference, device, pictures.where, parts=args.parts, floor=args.floor)
+    samples, figures = measure(
+        pictures, extractor, reference, f"reference {where}", device,
+        batch=args.batch, parts=args.parts, floor=args.floor,
+    )  # fmt: skip
     identity = extractor.identity
     warnings = told.caveats(samples, reference, identity, drawn)
     if identity.inception and samples.spatial_P is None:
@@ -145,14 +143,8 @@ def the_reference(args: argparse.Namespace, extractor: Extractor, size: tuple[in
             f"--samples has pictures of {size[0]} px, the real images are cut to {real.size} px. A resize changes "
             "figures: compare samples of a model with the images of its own size."
         )
-    made = make_reference(
-        real,
-        extractor,
-        args.split or "train",
-        count=args.reference_images,
-        batch=args.batch,
-        bad=SkipBad(args.skip_bad),
-    )
+    split, bad = args.split or "train", SkipBad(args.skip_bad)
+    made = make_reference(real, extractor, split, count=args.reference_images, batch=args.batch, bad=bad)
     if args.reference is None:
         log.info("the reference is not kept; --reference FILE.npz would keep it for the next evaluation")
     else:

@@ -24,8 +24,7 @@ from mvar.errors import CheckpointError, ConfigError
 from mvar.evaluation import EVALUATIONS
 from mvar.evaluation.drawn import DrawnPictures
 from mvar.evaluation.extractors import Extractor, open_extractor
-from mvar.evaluation.features import extract
-from mvar.evaluation.figures import PARTS, all_figures
+from mvar.evaluation.figures import measure
 from mvar.evaluation.reference import Reference, read_reference
 from mvar.evaluation.run_record import add_evaluation, one_line
 from mvar.evaluation.told import keys
@@ -77,11 +76,9 @@ class Task:
         painter = request.painter(precision, batch, compiled=request.decided_compile())
         size = source.tokenizer.image_size
         pictures = DrawnPictures(f"samples of step {step}", in_turn(counts), painter, size)
-        self.reference.require_like(self.extractor, pictures.size, f"--reference {args.reference}")
-        found = extract(pictures, self.extractor, batch=painter.batch, parts=PARTS, classes=True)
-        spatial = None if found.spatial_P is None else len(found.spatial_P[0].gaussian().mean_F)
-        self.reference.require_width(found.features_NF.shape[1], spatial, f"--reference {args.reference}")
-        figures = keys(all_figures(found, self.reference, device, pictures.where), self.extractor.identity)
+        named = f"--reference {args.reference}"
+        found, measured = measure(pictures, self.extractor, self.reference, named, device, batch=painter.batch)
+        figures = keys(measured, self.extractor.identity)
         drawn = self.settings | {"arithmetic": precision, "samples_sha256": found.sha256}
         drawn |= {"weights": fingerprint(source.state), "tokenizer": fingerprint(source.tokenizer.state_dict())}
         add_evaluation(run, step, len(pictures), figures, self.extractor.identity, self.reference, drawn)

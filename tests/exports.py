@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mvar.checkpoint.sharding import write_safetensors
 from mvar.checkpoint.weights import Weights
 from mvar.config import ModelConfig
-from mvar.export import write_safetensors
 
 
 def save_weights(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:

@@ -136,6 +136,8 @@ def _of_shards(folder: Path) -> Weights:
     try:
         tree = json.loads(index.read_text(encoding="utf-8"))
         files: dict[str, str] = tree["weight_map"]
+        if outside := [file for file in files.values() if Path(file).name != file]:
+            raise CheckpointError(f"{index}: names {outside[0]}, which is outside of its folder. Export again.")
         parts = {file: _of_file(folder / file) for file in sorted(set(files.values()))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not the index of an export ({error}). Export again.") from None

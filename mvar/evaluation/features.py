@@ -6,7 +6,6 @@ Legend: N pictures, B of a block, F features, S spatial features, K classes, P p
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvar.durations import duration
 from mvar.errors import MvarError
 from mvar.evaluation.extractors import Extractor
 from mvar.evaluation.fidelity import mixed, part_bounds
 from mvar.evaluation.moments import Moments
 from mvar.evaluation.pictures import I64, PictureSet, digest_of
-from mvar.log import log
-
-PROGRESS_EVERY_S = 10.0
+from mvar.run.progress import ProgressLine
 
 
 @dataclass
@@ -68,12 +64,11 @@ def extract(
     probabilities: list[Tensor] = []
     moments: Moments | None = None
     spatial_P: list[Moments] | None = None
-    done, began_s, said_s = 0, time.monotonic(), time.monotonic()
+    progress = ProgressLine(pictures.where, count, "pictures")
     for block_BHWC in digest_of(pictures.blocks(batch), digest):
         found = extractor(torch.from_numpy(block_BHWC), classes=classes)
-        _require_finite(found.features_BF, pictures.where, extractor.name, done)
-        own = slice(done, done + len(block_BHWC))
-        done += len(block_BHWC)
+        _require_finite(found.features_BF, pictures.where, extractor.name, progress.done)
+        own = slice(progress.done, progress.done + len(block_BHWC))
         if moments is None:
             moments = Moments(found.features_BF.shape[1], found.features_BF.device)
         if not all_kept:
@@ -86,11 +81,7 @@ def extract(
                 spatial_P = [Moments(found.spatial_BS.shape[1], found.spatial_BS.device) for _ in range(parts)]
             for part in np.unique(part_of_N[own]):
                 spatial_P[part].add(found.spatial_BS[torch.from_numpy(part_of_N[own] == part)])
-        if time.monotonic() - said_s > PROGRESS_EVERY_S:
-            said_s = time.monotonic()
-            rate = done / (said_s - began_s)
-            left = duration((count - done) / rate)
-            log.info("%s: %s/%s pictures   %.3g/s   %s left", pictures.where, f"{done:,}", f"{count:,}", rate, left)
+        progress.add(len(block_BHWC))
     assert moments is not None, "a set of pictures is not empty"
     features_NF = torch.cat(rows)
     rows.clear()
@@ -98,7 +89,7 @@ def extract(
     features_NF = features_NF[order]
     if all_kept:
         moments = Moments.of(features_NF)  # Faster than block by block.
-    found_NK = torch.cat(probabilities)[mixed(done)] if probabilities else None
+    found_NK = torch.cat(probabilities)[mixed(progress.done)] if probabilities else None
     return Features(features_NF, moments, spatial_P, found_NK, pictures.labels_N, digest.hexdigest())
 
 

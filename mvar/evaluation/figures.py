@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mvar.errors import MvarError
-from mvar.evaluation.features import Features, total
+from mvar.evaluation.extractors import Extractor
+from mvar.evaluation.features import Features, extract, total
 from mvar.evaluation.fidelity import (
     NEIGHBOURS,
     FrechetTo,
@@ -31,6 +32,7 @@ from mvar.evaluation.fidelity import (
     share_error,
 )
 from mvar.evaluation.moments import Gaussian, Moments
+from mvar.evaluation.pictures import PictureSet
 from mvar.evaluation.reference import GIVEN, IS_SPLITS, Reference
 from mvar.log import log
 
@@ -98,6 +100,29 @@ class Yardstick:
     def frechet(self, features_NF: Tensor) -> float:
         """The Frechet distance alone."""
         return self._frechet(Moments.of(features_NF.to(self._device)).gaussian())
+
+
+def measure(
+    pictures: PictureSet,
+    extractor: Extractor,
+    reference: Reference,
+    named: str,
+    device: torch.device,
+    *,
+    batch: int,
+    parts: int = PARTS,
+    floor: bool = True,
+) -> tuple[Features, dict[str, Figure]]:
+    """One pass over the pictures, `batch` in the network at once, and `all_figures` of what it gave.
+
+    `named`: what the reference is called in errors. Raises MvarError where it does not fit, before and after the pass,
+    and what `extract` and `all_figures` raise.
+    """
+    reference.require_like(extractor, pictures.size, named)
+    samples = extract(pictures, extractor, batch=batch, parts=PARTS, classes=True)
+    spatial = None if samples.spatial_P is None else len(samples.spatial_P[0].gaussian().mean_F)
+    reference.require_width(samples.features_NF.shape[1], spatial, named)
+    return samples, all_figures(samples, reference, device, pictures.where, parts=parts, floor=floor)
 
 
 def all_figures(

@@ -31,7 +31,8 @@ from mvar.sampling.canvas import Canvas
 from mvar.sampling.classes import class_names
 from mvar.sampling.editing import Editing
 from mvar.sampling.loading import ModelPair
-from mvar.sampling.precision import SamplePrecision, arithmetic, casting, choose
+from mvar.sampling.painter import decoded
+from mvar.sampling.precision import SamplePrecision, arithmetic, choose
 from mvar.sampling.sampler import ScaleSample, generate_scales
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -119,8 +120,7 @@ class Studio:
                     f_hat_BChw = next(steps).f_hat_BChw
                     if scale + 1 == scales:
                         next(steps, None)  # It looks whether all was finite.
-                    with casting(ready.precision, self.device):
-                        parts.append(to_uint8(ready.tokenizer.decode_latent(f_hat_BChw)))
+                    parts.append(to_uint8(decoded(ready.tokenizer, f_hat_BChw, ready.precision)))
             yield Growth(scale, scales, np.concatenate(parts))
 
     def edited(self, exhibit: Exhibit, canvas: Canvas, wish: Wish) -> Iterator[Growth]:

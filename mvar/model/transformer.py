@@ -23,6 +23,7 @@ from mvar.model.kernels.precision import Linear, WideEmbedding, WideLinear, comp
 from mvar.model.mamba2 import HEAD_WIDTH, MambaState
 from mvar.model.recompute import keeping_linears, recomputes
 from mvar.model.token_loss import token_losses
+from mvar.pretrained import Pretrained
 from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
 
@@ -44,7 +45,7 @@ def drop_path_rates(depth: int, last: float) -> list[float]:
     return [last * block / max(depth - 1, 1) for block in range(depth)]
 
 
-class MVAR(nn.Module):
+class MVAR(nn.Module, Pretrained):
     """The transformer over a pyramid of token maps.
 
     `width` defaults to 64 x depth and `heads` to depth. `activation_checkpointing`: "off", "every" block is recomputed

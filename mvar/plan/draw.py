@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from mvar.files.disk import write_file
+from mvar.plan.step_time import Cluster
 from mvar.plan.study import Study
 
 GIB = 2**30
@@ -30,14 +32,17 @@ def gib(count: float) -> str:
 
 def table(study: Study) -> str:
     """The whole plan on one screen."""
-    figures, gpu = study.figures(), study.assumed.gpu
+    figures, cluster = study.figures(), study.assumed.cluster
+    gpu = cluster.gpu
     recipe, sent, work, time, saved = (figures[k] for k in ("recipe", "traffic", "flops", "time", "checkpoint"))
     source = "of the code store" if study.measured_store else "(no code store found: ImageNet's)"
     lines = [
         f"model     {study.sizes.parameters:,} parameters, {study.sizes.tokens} tokens an image",
         f"data      {study.images:,} images {source}",
-        f"cluster   {study.assumed.nodes} x {study.assumed.gpus} {gpu.name}: {gib(gpu.usable_bytes)} of"
-        f" {gpu.memory_gib:g} GiB planned with, {gpu.bf16_tflops:g} TFLOP/s at best, {study.assumed.mfu:.0%} reached",
+        f"cluster   {cluster.nodes} x {cluster.gpus} {gpu.name}: {gib(gpu.usable_bytes)} of"
+        f" {gpu.memory_gib:g} GiB planned with, {gpu.bf16_tflops:g} TFLOP/s at best, {cluster.mfu:.0%} reached"
+        f" ({study.assumed.mfu_of})",
+        _links(cluster),
         f"batch     {study.split.global_batch} images = {study.split.ranks} ranks x {study.split.micro_batch}"
         f" x {study.split.accumulation} accumulated"
         + (f" (engine.micro_batch {study.config.engine.micro_batch} does not divide it)" if study.adjusted else ""),
@@ -49,9 +54,11 @@ def table(study: Study) -> str:
         + (f"; host {gib(recipe['host_bytes'])} a rank" if recipe["host_bytes"] else "")
         + (f"; disk {gib(recipe['disk_bytes'])} a rank" if recipe["disk_bytes"] else ""),
         "",
-        "every template at its largest micro-batch that fits (GiB a rank; messages: sent in a step):",
+        "every template at its largest micro-batch that fits (GiB a rank; sent: messages of a step; step: seconds;",
+        "waits: those of them that wait for messages; effic.: share of the step that is arithmetic done once):",
         f"  {'engine.ds_config':15} {'recompute':9} {'micro':>5} {'weights':>8} {'grads':>7} {'optim':>7}"
-        f" {'activ.':>7} {'logits':>7} {'buffers':>7} {'peak':>7} {'host':>6} {'disk':>6} {'messages':>8}",
+        f" {'activ.':>7} {'logits':>7} {'buffers':>7} {'peak':>7} {'host':>6} {'disk':>6}"
+        f" {'sent':>6} {'step':>7} {'waits':>7} {'effic.':>6}",
     ]
     for option in study.options:
         held, state = option.memory.categories(), option.memory.state
@@ -61,7 +68,8 @@ def table(study: Study) -> str:
             f" {gib(held['weights']):>8} {gib(held['gradients']):>7} {gib(held['optimizer']):>7}"
             f" {gib(held['activations']):>7} {gib(held['logits']):>7}"
             f" {gib(held['communication'] + held['gathered']):>7} {gib(option.memory.peak):>7}"
-            f" {gib(state.host):>6} {gib(state.disk):>6} {gib(option.traffic.on_the_wire):>8}"
+            f" {gib(state.host):>6} {gib(state.disk):>6} {gib(option.traffic.on_the_wire):>6}"
+            f" {option.time.total_s:>7.3f} {option.time.waiting_s:>7.3f} {option.time.efficiency:>6.0%}"
         )
     best = figures["best"]
     if best:
@@ -79,10 +87,7 @@ def table(study: Study) -> str:
         f" conditioning {work['conditioning'] / work['forward_per_image']:.2%} of it,"
         f" attention {work['attention'] / work['forward_per_image']:.1%}, scan"
         f" {work['scan'] / work['forward_per_image']:.1%}",
-        f"time      arithmetic alone: {time['steps']:,} steps of {time['step_s']:.2f} s,"
-        f" {time['images_seen']:,} images: {time['gpu_days']:,.0f} GPU-days, {time['days']:,.1f} days on"
-        f" {study.assumed.world} GPUs",
-        *_not_counted(sent["on_the_wire"]),
+        *_time_lines(study, time),
         f"saving    {saved['bytes'] / 1e9:,.1f} GB a checkpoint, {saved['write_s']:,.0f} s at"
         f" {study.assumed.disk_bytes_s / 1e9:g} GB/s if training waits; with a failure every"
         f" {study.assumed.mtbf_s / 3600:g} h save every {saved['best_interval_s'] / 60:,.0f} minutes"
@@ -91,12 +96,30 @@ def table(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _not_counted(sent: int) -> list[str]:
-    if not sent:
-        return []
+def _links(cluster: Cluster) -> str:
+    links, between = cluster.links, ""
+    if cluster.nodes > 1:
+        between = f", {links.between_bytes_s / 1e9:g} GB/s out of a node, {links.between_hop_s * 1e6:g} us a hop"
+    inside = f"{links.inside_bytes_s / 1e9:g} GB/s from GPU to GPU inside a node, {links.inside_hop_s * 1e6:g} us a hop"
+    return f"links     {inside}{between}; {links.share:.0%} of it reached"
+
+
+def _time_lines(study: Study, time: dict[str, Any]) -> list[str]:
+    """Of the recipe."""
+    parts = [f"arithmetic {time['arithmetic_s']:.3f}"]
+    parts += [f"recomputation {time['repeated_s']:.3f}"] if time["repeated_s"] else []
+    parts += [f"waiting for messages {time['waiting_s']:.3f} of their {time['messages_s']:.3f}"]
+    parts += [f"host {time['host_s']:.3f}"] if time["host_s"] else []
+    cost = ""
+    if time["cost_per_million_images"] is not None:
+        cost = f", {time['cost_per_million_images']:,.2f} for a million images at the given price"
     return [
-        f"          the {gib(sent)} GiB sent in a step are not counted: what of them does not travel during the",
-        "          arithmetic makes every step longer",
+        f"time      the recipe's: {time['steps']:,} steps of {time['step_s']:.3f} s ({', '.join(parts)};"
+        f" what binds: {time['limit']})",
+        f"          efficiency {time['efficiency']:.0%},"
+        f" {1000 * time['gpu_seconds_per_image']:,.1f} GPU-ms an image{cost};"
+        f" {time['images_seen']:,} images: {time['gpu_days']:,.0f} GPU-days, {time['days']:,.1f} days on"
+        f" {study.assumed.world} GPUs",
     ]
 
 
@@ -119,7 +142,7 @@ def picture(study: Study, path: Path) -> None:
         heights = [option.memory.categories()[name] / GIB for option in options]
         axes.bar(range(len(options)), heights, bottom=bottoms, color=colour, label=name, width=0.72)
         bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
-    gpu = study.assumed.gpu
+    gpu = study.assumed.cluster.gpu
     axes.axhline(gpu.usable_bytes / GIB, color="black", linewidth=1, linestyle="--")
     axes.annotate(
         f"planned with: {gib(gpu.usable_bytes)} of {gpu.memory_gib:g} GiB",

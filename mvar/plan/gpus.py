@@ -1,4 +1,4 @@
-"""What well-known GPUs can do: memory and the peak of dense bf16 matmuls, by their makers' data sheets."""
+"""What well-known GPUs can do: memory, the peak of dense bf16 matmuls and links, by their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Gpu:
     """Dense matmuls with fp32 accumulation, 10^12 operations a second."""
     also: tuple[str, ...] = ()
     """Words that `torch.cuda.get_device_name` may have for it, all of them together."""
+    link_gb_s: float = 25.0
+    """To its neighbours of a node, GB/s in one direction: NVLink or Infinity Fabric, else PCIe."""
     mig_slices: int = 7
     """Parts that its multiprocessors can be divided into."""
 
@@ -33,8 +35,8 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("v100-16gb", 16, 125, ("v100", "16gb")),  # fp16: it has no bf16.
-        Gpu("v100-32gb", 32, 125, ("v100", "32gb")),
+        Gpu("v100-16gb", 16, 125, ("v100", "16gb"), link_gb_s=150),  # fp16: it has no bf16.
+        Gpu("v100-32gb", 32, 125, ("v100", "32gb"), link_gb_s=150),
         Gpu("a10-24gb", 24, 125, ("a10",)),
         Gpu("a30-24gb", 24, 165, ("a30",), mig_slices=4),
         Gpu("a40-48gb", 48, 150, ("a40",)),
@@ -44,17 +46,17 @@ GPUS = {
         Gpu("l40s-48gb", 48, 362, ("l40s",)),
         Gpu("rtx4090-24gb", 24, 165, ("4090",)),
         Gpu("rtx6000ada-48gb", 48, 364, ("6000", "ada")),
-        Gpu("a100-40gb", 40, 312, ("a100", "40gb")),
-        Gpu("a100-80gb", 80, 312, ("a100", "80gb")),
-        Gpu("h100-80gb", 80, 989, ("h100",)),
-        Gpu("h100-pcie-80gb", 80, 756, ("h100", "pcie")),
-        Gpu("h100-nvl-94gb", 94, 835, ("h100", "nvl")),
-        Gpu("h20-96gb", 96, 148, ("h20",)),
-        Gpu("h200-141gb", 141, 989, ("h200",)),
-        Gpu("gh200-96gb", 96, 989, ("gh200",)),
-        Gpu("b200-192gb", 192, 2250, ("b200",)),
-        Gpu("mi250x-128gb", 128, 383, ("mi250x",)),
-        Gpu("mi300x-192gb", 192, 1307, ("mi300x",)),
+        Gpu("a100-40gb", 40, 312, ("a100", "40gb"), link_gb_s=300),
+        Gpu("a100-80gb", 80, 312, ("a100", "80gb"), link_gb_s=300),
+        Gpu("h100-80gb", 80, 989, ("h100",), link_gb_s=450),
+        Gpu("h100-pcie-80gb", 80, 756, ("h100", "pcie"), link_gb_s=55),
+        Gpu("h100-nvl-94gb", 94, 835, ("h100", "nvl"), link_gb_s=55),
+        Gpu("h20-96gb", 96, 148, ("h20",), link_gb_s=450),
+        Gpu("h200-141gb", 141, 989, ("h200",), link_gb_s=450),
+        Gpu("gh200-96gb", 96, 989, ("gh200",), link_gb_s=450),
+        Gpu("b200-192gb", 192, 2250, ("b200",), link_gb_s=900),
+        Gpu("mi250x-128gb", 128, 383, ("mi250x",), link_gb_s=50),
+        Gpu("mi300x-192gb", 192, 1307, ("mi300x",), link_gb_s=448),
     )
 }
 

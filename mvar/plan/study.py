@@ -11,10 +11,10 @@ from mvar.config import ActivationCheckpointing, TrainConfig
 from mvar.data.store import CodeStore
 from mvar.ds_config import BatchSplit, find_template, read_template
 from mvar.errors import ConfigError, StoreError
-from mvar.plan.flops import best_interval_s, flops, gpu_days, time_lost
-from mvar.plan.gpus import Gpu
+from mvar.plan.flops import best_interval_s, flops, time_lost
 from mvar.plan.memory import Kernels, Memory, Setup, checkpoint_bytes, largest_micro_batch, memory
 from mvar.plan.sizes import IMAGENET_CLASSES, IMAGENET_IMAGES, Sizes
+from mvar.plan.step_time import Cluster, StepTime, step_time
 from mvar.plan.traffic import Traffic, traffic
 from mvar.schedule import Plan
 
@@ -24,21 +24,25 @@ COMFORTABLE = 4
 """Images at once from which a GPU is busy; fewer are taken only where nothing else fits."""
 
 
+ALIKE = 1.01
+"""Steps that differ by less are alike: the option with less memory is taken."""
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What the plan is told about the cluster."""
 
-    nodes: int
-    gpus: int
-    """Of each node."""
-    gpu: Gpu
-    mfu: float
+    cluster: Cluster
     mtbf_s: float
     disk_bytes_s: float
+    price_gpu_hour: float | None = None
+    """In any currency."""
+    mfu_of: str = "assumed"
+    """Where the share of the peak comes from."""
 
     @property
     def world(self) -> int:
-        return self.nodes * self.gpus
+        return self.cluster.world
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Option:
     memory: Memory
     """With that micro-batch, or with one image."""
     traffic: Traffic
+    time: StepTime
 
 
 @dataclass(frozen=True)
@@ -118,35 +123,34 @@ class Study:
 
     def _option(self, name: str, zero: dict[str, Any], recompute: ActivationCheckpointing) -> Option:
         setup, share = self.setup(zero, recompute), self.split.global_batch // self.split.ranks
-        best = largest_micro_batch(self.sizes, setup, share, self.assumed.gpu.usable_bytes)
+        best = largest_micro_batch(self.sizes, setup, share, self.assumed.cluster.gpu.usable_bytes)
         setup = replace(setup, accumulation=share // (best or 1))
-        return Option(name, recompute, best, memory(self.sizes, setup, best or 1), traffic(self.sizes, setup))
+        sent = traffic(self.sizes, setup)
+        time = step_time(self.sizes, setup, sent, self.split.global_batch, self.assumed.cluster)
+        return Option(name, recompute, best, memory(self.sizes, setup, best or 1), sent, time)
 
     @cached_property
     def best(self) -> Option | None:
-        """The fastest that fits: no recomputation before some, few messages before many, host and disk last."""
+        """The fastest that fits. A GPU that holds a few images only would not be as busy as the plan takes it to be."""
         fitting = [option for option in self.options if option.micro_batch]
         share = self.split.global_batch // self.split.ranks
-        roomy = [o for o in fitting if (o.micro_batch or 0) >= min(COMFORTABLE, share)] or fitting
-        on_gpu = [o for o in roomy if o.memory.state.host + o.memory.state.disk == 0]
-        # ZeRO 1 and 2 send alike unless batches accumulate; the one with less memory is the safer choice.
-        liked = {"zero2": 0, "zero1": 1, "zero0": 2, "zero3": 3}
-
-        def cost(option: Option) -> tuple[int, int]:
-            again = ("off", "selective", "every").index(str(option.recompute))
-            return again, liked.get(option.template, 4 + TEMPLATES.index(option.template))
-
-        return min(on_gpu or roomy, key=cost, default=None)
+        roomy = [option for option in fitting if (option.micro_batch or 0) >= min(COMFORTABLE, share)] or fitting
+        if not roomy:
+            return None
+        shortest_s = min(option.time.total_s for option in roomy)
+        alike = [option for option in roomy if option.time.total_s <= ALIKE * shortest_s]
+        return min(alike, key=lambda option: option.memory.peak)
 
     @cached_property
     def schedule(self) -> Plan:
         return Plan.of(self.config, self.images)
 
-    @property
-    def step_s(self) -> float:
-        """Seconds of arithmetic in a step. Messages take no time in it."""
-        work = flops(self.sizes).training * self.split.global_batch
-        return work / (self.assumed.world * self.assumed.gpu.bf16_tflops * 1e12 * self.assumed.mfu)
+    @cached_property
+    def time(self) -> StepTime:
+        """Of the recipe as it stands."""
+        setup = self.recipe_setup
+        sent = traffic(self.sizes, setup)
+        return step_time(self.sizes, setup, sent, self.split.global_batch, self.assumed.cluster)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -162,14 +166,15 @@ class Study:
 
     def figures(self) -> dict[str, Any]:
         """Every number, for machines. Bytes, seconds, operations."""
-        work, plan, gpu = flops(self.sizes), self.schedule, self.assumed.gpu
+        work, plan, gpu, time = flops(self.sizes), self.schedule, self.assumed.cluster.gpu, self.time
         seen = plan.samples(plan.last_step)
-        days = gpu_days(self.sizes, seen, gpu.bf16_tflops, self.assumed.mfu)
+        days = time.total_s * plan.last_step / 86400
         sent, best = traffic(self.sizes, self.recipe_setup), self.best
         return {
             "parameters": self.sizes.parameters,
             "tokens_per_image": self.sizes.tokens,
-            "cluster": asdict(self.assumed) | {"world": self.assumed.world, "usable_bytes": gpu.usable_bytes},
+            "cluster": asdict(self.assumed.cluster) | {"world": self.assumed.world, "usable_bytes": gpu.usable_bytes},
+            "assumed": {name: value for name, value in asdict(self.assumed).items() if name != "cluster"},
             "images": self.images,
             "images_from_store": self.measured_store,
             "recipe": {
@@ -196,6 +201,7 @@ class Study:
                     "disk_bytes": option.memory.state.disk,
                     "handed_over_bytes": option.traffic.handed_over,
                     "on_the_wire_bytes": option.traffic.on_the_wire,
+                    **self._timed(option.time),
                 }
                 for option in self.options
             ],
@@ -205,7 +211,13 @@ class Study:
                 "engine.activation_checkpointing": best.recompute,
                 "engine.micro_batch": best.micro_batch,
             },
-            "traffic": asdict(sent) | {"handed_over": sent.handed_over, "on_the_wire": sent.on_the_wire},
+            "traffic": {
+                "all_reduce": sent.all_reduce,
+                "reduce_scatter": sent.reduce_scatter,
+                "all_gather": sent.all_gather,
+                "handed_over": sent.handed_over,
+                "on_the_wire": sent.on_the_wire,
+            },
             "flops": asdict(work)
             | {
                 "forward_per_image": work.forward,
@@ -215,18 +227,29 @@ class Study:
             "time": {
                 "steps": plan.last_step,
                 "images_seen": seen,
-                "step_s": self.step_s,
-                "counts_messages": False,
-                "gpu_days": days,
-                "days": days / self.assumed.world,
+                **self._timed(time),
+                "gpu_days": days * self.assumed.world,
+                "days": days,
             },
             "checkpoint": {
                 "bytes": self.checkpoint_bytes,
                 "write_s": self.write_s,
                 "best_interval_s": self.interval_s,
-                "best_interval_steps": max(1, round(self.interval_s / self.step_s)),
+                "best_interval_steps": max(1, round(self.interval_s / time.total_s)),
                 "time_lost": time_lost(self.interval_s, self.write_s, self.assumed.mtbf_s),
             },
+        }
+
+    def _timed(self, time: StepTime) -> dict[str, Any]:
+        gpu_s = time.total_s * self.assumed.world / self.split.global_batch
+        price = self.assumed.price_gpu_hour
+        return {
+            "step_s": time.total_s,
+            **asdict(time),
+            "efficiency": time.efficiency,
+            "limit": time.limit,
+            "gpu_seconds_per_image": gpu_s,
+            "cost_per_million_images": None if price is None else price * gpu_s / 3600 * 1e6,
         }
 
 

@@ -17,6 +17,7 @@ import torch
 from mvar.data.prefetch import Feed
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, MvarError
 from mvar.log import log
+from mvar.run import garbage
 from mvar.run.folder import RunFolder
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker
@@ -148,6 +149,10 @@ class TrainingLoop(ABC, Generic[B, L, R]):
 
         Before anything is saved or looked at, and at the end, the last step is waited for.
         """
+        with garbage.collected_by_hand():
+            return self._loop(done)
+
+    def _loop(self, done: int) -> int:
         session = self.session
         missed = ({"val"} & self.looks_due(done)) - session.world.share(self.tracker.resumed) if done else set()
         if not self._look(done, missed):  # A kill or a stop came between the save and the validation.
@@ -174,6 +179,8 @@ class TrainingLoop(ABC, Generic[B, L, R]):
                 session.world.raise_together(self.feed.error or (asked.fault if session.world.is_main else None))
             if (asked.stop and not ending) or not self._look(done, looks):
                 return self._stop(done, saved=saving or bool(asked))
+            if looks or due(done, garbage.EVERY):
+                garbage.collect()
         session.ask()
         self.finish(done)
         return EXIT_FINISHED

@@ -12,6 +12,7 @@ from pathlib import Path
 from mvar.checkpoint.record import RECORD, CheckpointRecord
 from mvar.data.manifest import MANIFEST, Manifest
 from mvar.errors import ConfigError, MvarError
+from mvar.hub.layout import PREPROCESSING, Preprocessing
 from mvar.images.sources import text_lines
 from mvar.paths import is_url
 from mvar.run.names import folder_of, steps_in
@@ -34,13 +35,14 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str] | None = Non
 
 
 def class_names(weights: Path, given: Path | None, num_classes: int) -> tuple[str, ...] | None:
-    """Names of a model's classes: from `given` (a file with one a line, or a code store), else from the code store that
-    a run folder or checkpoint was trained on, as long as it lies where it lay. None where nothing tells them.
+    """Names of a model's classes: from `given` (a file with one a line, or a code store), else from a hub folder, or
+    from the code store that a run folder or checkpoint was trained on, as long as it lies where it lay. None where
+    nothing tells them.
 
     Raises ConfigError, StoreError, ImageError: `given` cannot be read or has another number of names.
     """
     if given is None:
-        found = _names_of_run(weights)
+        found = _known_names(weights)
         return found if found is not None and len(found) == num_classes else None
     names = Manifest.read(given).classes if given.is_dir() else tuple(line.strip() for line in text_lines(given))
     if len(names) != num_classes:
@@ -78,17 +80,30 @@ def _named(name: str, text: str, names: Sequence[str] | None) -> int:
             f"--classes {text}: cannot read {name!r}. Expected all, or numbers such as 0-9 or 1,5. For names give "
             "--class-names FILE, with a name a line, or the folder of the code store."
         )
+    return label_called(name, names, f"--classes {text}")
+
+
+def label_called(name: str, names: Sequence[str], asked: str) -> int:
+    """The number of the class of that name. Raises ConfigError, beginning with what was `asked`."""
     found = [label for label, other in enumerate(names) if other == name]
     if len(found) == 1:
         return found[0]
     if found:
         numbers = ", ".join(map(str, found))
-        raise ConfigError(f"--classes {text}: classes {numbers} are all called {name!r}. Give numbers.")
+        raise ConfigError(f"{asked}: classes {numbers} are all called {name!r}. Give numbers.")
     near = ", ".join(difflib.get_close_matches(name, names)) or ", ".join(names[:5])
-    raise ConfigError(f"--classes {text}: no class is called {name!r}. Names like it: {near}.")
+    raise ConfigError(f"{asked}: no class is called {name!r}. Names like it: {near}.")
 
 
-def _names_of_run(path: Path) -> tuple[str, ...] | None:
+def _known_names(path: Path) -> tuple[str, ...] | None:
+    if (path / PREPROCESSING).is_file():
+        return Preprocessing.read(path / PREPROCESSING).classes
+    manifest = manifest_of_run(path)
+    return None if manifest is None else manifest.classes
+
+
+def manifest_of_run(path: Path) -> Manifest | None:
+    """Of the code store that a run folder or checkpoint was trained on, as long as it lies where it lay."""
     steps = steps_in(path / "checkpoints")
     folder = path if (path / RECORD).is_file() else folder_of(path / "checkpoints", steps[-1]) if steps else None
     try:
@@ -98,6 +113,6 @@ def _names_of_run(path: Path) -> tuple[str, ...] | None:
         store = str(record.config["data"]["store"])
         data = b"" if is_url(store) else (Path(store) / MANIFEST).read_bytes()
         same = hashlib.sha256(data).hexdigest() == record.store
-        return Manifest.parse(data, store).classes if same else None
+        return Manifest.parse(data, store) if same else None
     except (OSError, KeyError, TypeError, MvarError):
         return None

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import PIL
 import torch
 
-from mvar.durations import duration
 from mvar.files.disk import remove_stale
 from mvar.images.arrays import Bytes
 from mvar.log import log
+from mvar.run.progress import ProgressLine
 from mvar.sampling.job import RECORDS, SampleJob, problem_of
 from mvar.sampling.packing import SamplePart
 from mvar.sampling.painter import Painter
 from mvar.sampling.pictures import Picture
 from mvar.sampling.writer import PartsWriter
 from mvar.version import __version__
-
-PROGRESS_EVERY_S = 10.0
 
 
 def draw_share(out: Path, job: SampleJob, task: int, tasks: int, painter: Callable[[], Painter]) -> None:
@@ -45,7 +41,7 @@ def draw_share(out: Path, job: SampleJob, task: int, tasks: int, painter: Callab
     if not waiting:
         return
     drawer = painter()
-    progress = _Progress(f"sample {task}/{tasks}", sum(len(part.pictures) for part in waiting))
+    progress = ProgressLine(f"sample {task}/{tasks}", sum(len(part.pictures) for part in waiting))
     with PartsWriter(out, job, made_by(drawer.device)) as writer:
         batches = [(part, own) for part in waiting for own in _batches(part, job.batch)]
         with closing(drawer.draw(own for _, own in batches)) as drawn:
@@ -77,24 +73,3 @@ def made_by(device: torch.device) -> dict[str, str]:
 def _batches(part: SamplePart, size: int) -> Iterator[tuple[Picture, ...]]:
     for first in range(0, len(part.pictures), size):
         yield part.pictures[first : first + size]
-
-
-@dataclass
-class _Progress:
-    """A line now and then."""
-
-    what: str
-    total: int
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self._began_s = self._said_s = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now_s = time.monotonic()
-        if now_s - self._said_s > PROGRESS_EVERY_S or self.done == self.total:
-            rate = self.done / (now_s - self._began_s)
-            left = duration((self.total - self.done) / rate)
-            log.info("%s: %d/%d images   %.3g images/s   %s left", self.what, self.done, self.total, rate, left)
-            self._said_s = now_s

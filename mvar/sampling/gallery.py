@@ -37,8 +37,13 @@ def read_images(out: Path, job: SampleJob, pictures: Iterable[Picture]) -> dict[
     return found
 
 
-def write_gallery(path: Path, images: Mapping[Picture, Bytes]) -> None:
-    """One row for each class."""
+def sheet(images: Mapping[Picture, Bytes]) -> Bytes:
+    """uint8 (H', W', 3), one row for each class."""
     pictures = sorted(images)
     across = sum(picture.label == pictures[0].label for picture in pictures)
-    save_png(path, grid([images[picture] for picture in pictures], across))
+    return grid([images[picture] for picture in pictures], across)
+
+
+def write_gallery(path: Path, images: Mapping[Picture, Bytes]) -> None:
+    """`sheet` as PNG."""
+    save_png(path, sheet(images))

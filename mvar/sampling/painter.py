@@ -25,7 +25,7 @@ from mvar.model.transformer import MVAR
 from mvar.sampling.graph import GraphedDrawing
 from mvar.sampling.options import SamplingOptions
 from mvar.sampling.pictures import Picture
-from mvar.sampling.precision import SamplePrecision, casting
+from mvar.sampling.precision import DTYPES, SamplePrecision
 from mvar.sampling.sampler import Forced, Toward
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -122,8 +122,15 @@ class Painter:
         return found
 
     def _decode(self, f_hat_BChw: Tensor) -> Tensor:
-        with casting(self._precision, self.device):
-            return self._tokenizer.decode_latent(f_hat_BChw)
+        return decoded(self._tokenizer, f_hat_BChw, self._precision)
+
+
+def decoded(tokenizer: VQVAE, f_hat_BChw: Tensor, precision: SamplePrecision) -> Tensor:
+    """Feature maps (B, C, h, w) -> pictures (B, 3, H, W) float32 in [-1, 1], convolved in that precision."""
+    dtype = DTYPES[precision]
+    # No memory of casts: a graph would keep those of its capture.
+    with torch.autocast(f_hat_BChw.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        return tokenizer.decode_latent(f_hat_BChw)
 
 
 def fitting_batch(measure: Callable[[int], int], free_bytes: int, most: int = GPU_BATCH) -> int:

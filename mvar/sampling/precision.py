@@ -55,10 +55,3 @@ def arithmetic(precision: SamplePrecision, device: torch.device) -> Arithmetic:
     if precision == "tf32":
         return Arithmetic.of("fp32", "on", device)
     return Arithmetic.of(precision, "auto", device)
-
-
-def casting(precision: SamplePrecision, device: torch.device) -> torch.autocast:
-    """A context in which a tokenizer decodes in that precision."""
-    dtype = DTYPES[precision]
-    # No memory of casts: a graph would keep those of its capture.
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)

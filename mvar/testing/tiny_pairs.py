@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from mvar.checkpoint.sharding import write_safetensors
 from mvar.checkpoint.weights import Weights
 from mvar.config import ModelConfig, Precision
-from mvar.export import write_safetensors
 from mvar.model.init import init_weights_
 from mvar.model.transformer import MVAR
 from mvar.tokenizer.files import save_tokenizer

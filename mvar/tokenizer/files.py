@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mvar.errors import MvarError, TokenizerError
 from mvar.files import disk
+from mvar.files.shapes import differing
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.quantizer import Quantizer
 from mvar.tokenizer.vqvae import VQVAE
@@ -253,17 +254,10 @@ def _filled(path: Path, module: M, tensors: dict[str, Tensor]) -> M:
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     hits = next(name for name in expected if name.endswith("ema_vocab_hit_SV"))
     tensors = {hits: torch.zeros(expected[hits])} | tensors
-    differences = [f"{name}: missing" for name in expected if name not in tensors]
-    differences += [f"{name}: not expected" for name in tensors if name not in expected]
-    differences += [
-        f"{name}: got shape {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    differences = differing({name: tuple(value.shape) for name, value in tensors.items()}, expected)
+    if differences is not None:
         raise TokenizerError(
-            f"tokenizer file {path}: does not fit the geometry {module.geometry}: {'; '.join(differences[:3])}{more}."
+            f"tokenizer file {path}: does not fit the geometry {module.geometry}: {differences}."
             " Give the tokenizer of that geometry, or the geometry of that tokenizer."
         )
     damaged = [name for name, value in tensors.items() if not value.sum(dtype=torch.float64).isfinite()]

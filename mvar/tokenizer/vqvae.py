@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from mvar.errors import ConfigError, TokenizerError
 from mvar.model.kernels.arithmetic import ieee
+from mvar.pretrained import Pretrained
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.quantizer import Quantizer
 
 NORM_GROUPS = 32
 
 
-class VQVAE(nn.Module):
+class VQVAE(nn.Module, Pretrained):
     """Pictures to codes and back.
 
     `channels`: width of the first level; `channel_mult`: each level's width as a multiple of it, one halving of the

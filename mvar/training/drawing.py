@@ -81,11 +81,11 @@ class SampleGrid:
         )  # fmt: skip
         if problem is not None:
             return problem
-        codes_NL = torch.cat(self._world.gather(torch.cat(parts)))[: len(labels_N)]
+        by_rank = self._world.gather_to_main(torch.cat(parts))
         error = None
         try:
-            if self._world.is_main:
-                self._write(codes_NL, path)
+            if by_rank is not None:
+                self._write(torch.cat(by_rank)[: len(labels_N)], path)
         except Exception as raised:
             error = raised
         return first_problem(self._world, error)

@@ -83,7 +83,7 @@ class SampleFigures:
         figures: dict[str, float] = {}
         error = None
         try:
-            if self._reference is not None:
+            if self._reference is not None and features_NF is not None:
                 figures = self._compare(step, self._reference, features_NF, probabilities_NK)
         except Exception as raised:
             error = raised
@@ -96,10 +96,10 @@ class SampleFigures:
         probabilities = None if found.probabilities_BK is None else found.probabilities_BK.cpu()
         return Extracted(found.features_BF.float().cpu(), probabilities)
 
-    def _gathered(self, parts: list[Tensor], count: int) -> Tensor:
-        """Rows of all ranks in the order of pictures, then mixed so that parts are not classes."""
-        rows = torch.cat(self._world.gather(torch.cat(parts)))[:count]
-        return rows[mixed(count)]
+    def _gathered(self, parts: list[Tensor], count: int) -> Tensor | None:
+        """On rank 0: rows of all ranks in the order of pictures, then mixed so that parts are not classes."""
+        by_rank = self._world.gather_to_main(torch.cat(parts))
+        return None if by_rank is None else torch.cat(by_rank)[:count][mixed(count)]
 
     def _compare(
         self, step: int, reference: Reference, features_NF: Tensor, probabilities_NK: Tensor | None

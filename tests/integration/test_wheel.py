@@ -16,6 +16,7 @@ import pytest
 
 from mvar import shipped
 from mvar.cli import COMMANDS
+from mvar.testing.tiny_pairs import write_pair
 from tests.golden import REPOSITORY
 
 PACKAGES = ("mvar", "data_prep")
@@ -112,6 +113,21 @@ def test_recipes_are_found_by_name(installed: Installed) -> None:
     assert "464,157,184 parameters" in said and "768 = 8 ranks" in said
     assert "zero2" in installed.run("mvar", "plan", "--config", "recipes/d16.yaml", "--gpu", "h100-80gb")
     assert list(installed.folder.iterdir()) == []
+
+
+WITHOUT_DEEPSPEED = """
+import sys, mvar
+assert mvar.__file__.startswith(sys.prefix), mvar.__file__
+sys.modules["deepspeed"] = None
+pipe = mvar.MVARPipeline.from_pretrained(sys.argv[1])
+print([image.size for image in pipe([0, 1], guidance=1.0, seeds=[0, 1]).images])
+"""
+
+
+def test_a_hub_folder_loads_from_the_wheel_without_deepspeed(installed: Installed, tmp_path: Path) -> None:
+    words = [*write_pair(tmp_path), "--to", "hub", str(tmp_path / "hub"), "--license", "mit"]
+    assert "wrote" in installed.run("mvar", "export", *words)
+    assert installed.run("python", "-c", WITHOUT_DEEPSPEED, str(tmp_path / "hub")).strip() == "[(8, 8), (8, 8)]"
 
 
 def test_jobs_are_submitted_without_a_checkout(installed: Installed, tmp_path: Path) -> None:

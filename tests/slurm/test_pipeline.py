@@ -13,6 +13,7 @@ import pytest
 
 from data_prep.finalize import finalize
 from data_prep.job import TokenizeConfig
+from data_prep.prepare.digits import prepare
 from data_prep.tokenize import tokenize
 from data_prep.verify import verify
 from mvar.cli import main as mvar
@@ -81,6 +82,42 @@ def test_from_images_to_samples_on_two_nodes_with_two_tasks_each(
     assert all(
         re.search(rf"^{name} ", table.read_text(), re.MULTILINE) for name in ("FD", "KID", "precision", "recall")
     )
+
+    words = [out / "run", "--tokenizer", inputs / "tokenizer.safetensors", "--reference", out / "reference.npz"]
+    words += ["--features", inputs / "features.pt", "--num", "18", "--watch"]
+    beside = cluster.sbatch(*SMALL, "--array=1-2%1", SCRIPTS / "evaluate_checkpoints.sbatch", *words, cwd=tmp_path)
+    assert set(cluster.wait(beside).values()) == {"COMPLETED"}
+    measured = [json.loads(line) for line in (out / "run" / "evaluations.jsonl").read_text().splitlines()]
+    kept = [int(path.name.removeprefix("step-")) for path in sorted((out / "run" / "checkpoints").glob("step-*"))]
+    assert [record["step"] for record in measured] == kept and all(record["fd"] > 0 for record in measured)
+    assert "every kept checkpoint has figures" in (tmp_path / f"mvar-evaluate-checkpoints-{beside}.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_thousand_digits_of_32_px_end_with_the_table_of_figures(cluster: Cluster, tmp_path: Path) -> None:
+    """The demo's recipes: what the classifier recognises was learnt, not drawn by chance (10 %)."""
+    prepare(tmp_path / "all")
+    for split, each in (("train", 180), ("val", 20)):
+        for digit in sorted((tmp_path / "all" / split).iterdir()):
+            (tmp_path / "digits" / split / digit.name).mkdir(parents=True)
+            for image in sorted(digit.iterdir())[:each]:
+                image.rename(tmp_path / "digits" / split / digit.name / image.name)
+    out, learnt = tmp_path / "out", tmp_path / "tokenizer"
+    recipe = ["--config", "recipes/tokenizer_32.yaml", f"images={tmp_path}/digits", f"out={learnt}", "steps=400"]
+    assert mvar(["train-tokenizer", *recipe, "threads=2"]) == 0
+    words = ["--images", tmp_path / "digits", "--tokenizer", learnt / "tokenizer.safetensors", "--out", out]
+    words += ["--config", "recipes/demo.yaml", "--train", "epochs=10", "--codes", "recipes/demo_codes.yaml"]
+    words += ["--nodes", "2", "--gpus", "1", "--tokenize-tasks", "2", "--sample-tasks", "2", "--chain", "2"]
+    words += ["--per-class", "50", "--sample", "--cfg", "--sample", "0.5", "--size", "32"]
+    for option in ("--cpus-per-task=1", "--time=60"):
+        words += ["--sbatch", option]
+    said = cluster.run(SCRIPTS / "pipeline.sh", *words, cwd=ROOT)
+    jobs = dict(line.split() for line in said.splitlines())
+    cluster.wait(*jobs.values(), patience_s=3600)
+    (log,) = (out / "logs").glob("mvar-evaluate-*.log")
+    print(log.read_text())
+    figures = json.loads((out / "figures.json").read_text())["figures"]
+    assert figures["classifier_accuracy_real"] > 0.9 and figures["classifier_accuracy_samples"] > 0.5
 
 
 def test_samples_are_not_drawn_from_a_training_that_is_not_finished(cluster: Cluster, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slurm
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 NODES = {  # docs/slurm.md names these.
     "demo": 1,
+    "emoji": 1,
     "d12": 1,
     "d16": 1,
     "d20": 2,

@@ -124,8 +124,8 @@ def test_a_program_that_uses_mvar_as_a_library_hears_it_as_any_other_logger(
     assert capsys.readouterr() == ("", "")
 
 
-COMMANDS = """cli demo doctor evaluate evaluate_checkpoints evaluate_model evaluate_tokenizer export inspect_checkpoint
-    merge_samples reference report sample scrub status verify_step"""
+COMMANDS = """cli demo doctor evaluate evaluate_checkpoints evaluate_model evaluate_tokenizer export import_published
+    inspect_checkpoint merge_samples reference report sample scrub status verify_step"""
 ROOMS = """mvar/plan/command mvar/training/dry_run mvar/cluster/chain mvar/cluster/scripts mvar/cluster/snapshot
     data_prep/calibrate data_prep/finalize data_prep/inspect data_prep/tokenize data_prep/verify
     data_prep/prepare/digits data_prep/prepare/emoji data_prep/prepare/fashion"""

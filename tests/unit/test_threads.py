@@ -12,7 +12,7 @@ import torch
 
 from mvar.checkpoint.record import Progress
 from mvar.data.prefetch import read_ahead
-from mvar.threads import helper, same_gpu
+from mvar.threads import helper, on_one_core, same_gpu
 from tests.unit.checkpoint.test_checkpoint import values
 from tests.unit.checkpoint.test_saver import make
 
@@ -50,3 +50,15 @@ def test_without_a_gpu_nothing_of_cuda_is_called(monkeypatch: pytest.MonkeyPatch
     ran = threading.Event()
     helper(ran.set, "plain").join()
     assert ran.is_set()
+
+
+def test_work_on_one_core_leaves_the_threads_of_others_alone_and_raises_what_it_raised() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert on_one_core(torch.get_num_threads) == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            on_one_core(lambda: 1 // 0)
+    finally:
+        torch.set_num_threads(before)

@@ -36,7 +36,7 @@ def test_a_line_says_speed_and_time_left_every_few_seconds(now, caplog):
     told.add(10)
     now[0] += 9
     told.add(90)
-    assert caplog.messages == ["task 0/2: 0 shards, 100 of 400 images  10.0 img/s  encoder busy 90%  left 0:00:30"]
+    assert caplog.messages == ["task 0/2: 100/400 images   10/s   0 shards, encoder busy 90%   0:00:30 left"]
 
 
 def test_a_task_that_did_nothing_divides_by_nothing(now):

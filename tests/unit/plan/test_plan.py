@@ -29,23 +29,13 @@ def test_a_plan_without_a_store_is_complete(tmp_path: Path, capsys: pytest.Captu
     figures = json.loads(figures_path.read_text())
     assert figures["images"] == 1_281_167 and figures["time"]["steps"] == 437_899
     assert figures["recipe"]["micro_batch"] * figures["recipe"]["accumulation"] * 128 == 1024
-    work = figures["flops"]["training_per_image"] * figures["time"]["images_seen"]
-    assert figures["time"]["gpu_days"] == pytest.approx(work / (989e12 * 0.5) / 86400)
+    work = figures["flops"]["training_per_image"] * 1024
+    assert figures["time"]["arithmetic_s"] == pytest.approx(work / (128 * 989e12 * 0.5))
+    assert figures["time"]["gpu_days"] == pytest.approx(figures["time"]["step_s"] * 437_899 * 128 / 86400)
     assert figures["checkpoint"]["bytes"] == 12 * 3_658_707_968
     for option in figures["options"]:
         assert option["largest_micro_batch"] is None or option["peak_bytes"] <= 0.9 * 80 * 2**30
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_plan_says_that_messages_take_no_time_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "plan.json"
-    arguments = ["plan", "--config", str(RECIPES / "d32.yaml"), "--json", str(path)]
-    assert main([*arguments, "--nodes", "16"]) == 0
-    said = capsys.readouterr().out
-    assert "time      arithmetic alone: " in said and " GiB sent in a step are not counted" in said
-    assert json.loads(path.read_text())["time"]["counts_messages"] is False
-    assert main([*arguments, "--gpus", "1", "global_batch=8"]) == 0
-    assert "not counted" not in capsys.readouterr().out  # Alone, nothing is sent.
 
 
 def test_a_plan_takes_images_and_classes_from_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from mvar.config import Phase, TrackingConfig
 from mvar.data.prefetch import Feed
 from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, StoreError, TrainingError
+from mvar.run import garbage
 from mvar.run.folder import RunFolder
 from mvar.run.launcher import Place
 from mvar.run.loop import Session, StopAskedError, TrainingLoop, Votes, due
@@ -223,3 +225,24 @@ def test_who_lost_the_folder_while_it_looked_writes_nothing_more(
         training.loop(0)
     written = training.did[training.did.index("look 3") + 1 :]
     assert not [act for act in written if act.startswith(("save", "finish", "record"))]
+
+
+def test_the_garbage_collector_rests_between_steps_and_works_again_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(Noted):
+        reads_late = False
+
+        def launch(self, done: int, batches: Sequence[int]) -> Result:
+            assert not gc.isenabled() and gc.get_freeze_count() > 0
+            if done == 3:
+                raise StoreError("unreadable")
+            return super().launch(done, batches)
+
+    swept: list[int] = []
+    monkeypatch.setattr(garbage, "EVERY", 2)
+    monkeypatch.setattr(garbage, "collect", lambda: swept.append(len(training.steps)))
+    training: Noted = Watched(tmp_path, iter(range(9)))
+    with pytest.raises(StoreError):
+        training.loop(0)
+    assert 2 in swept and gc.isenabled() and gc.get_freeze_count() == 0
