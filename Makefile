@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup setup-dev demo test test-slow test-slurm test-gpu lint bench bench-gpu bundle clean
+.PHONY: setup setup-dev demo test test-slow test-slurm test-gallery test-gpu lint bench bench-gpu bundle clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -43,6 +43,19 @@ test-slow: setup-dev
 test-slurm: setup-dev
 	$(BIN)/python -m pytest -m "slurm and not slow" --durations=0 --durations-min=1 tests/slurm
 
+# Gradio wants an older Pillow than requirements.txt pins: it lies in an environment of its own, on top of .venv.
+GALLERY := .venv-gallery
+$(GALLERY)/.ready: $(VENV)/.ready-dev pyproject.toml
+	rm -rf $(GALLERY) && $(BIN)/python -m venv $(GALLERY)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(GALLERY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	$(GALLERY)/bin/pip install -q "$$(sed -n 's/^gallery = \["\(.*\)"\].*/\1/p' pyproject.toml)"
+	touch $@
+
+# In a headless Chromium; without it these tests skip and say so.
+test-gallery: $(GALLERY)/.ready
+	OMP_NUM_THREADS=1 $(GALLERY)/bin/python -m pytest --durations=10 tests/integration/test_gallery.py
+
 # For a machine with a GPU, with the Python that is there: the .venv, or one that a bundle made ready (docs/gpu.md).
 test-gpu:
 	python3 -m pytest -m gpu tests/gpu $$(python3 -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadgroup")
@@ -63,4 +76,4 @@ bench: setup-dev
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .cache demo runs
+	rm -rf $(VENV) $(GALLERY) .cache demo runs

@@ -36,7 +36,8 @@ COMMANDS = {
     "verify-step": ("mvar.verify_step", "whether the machines of a run compute the same twice"),
     "slurm-scripts": ("mvar.cluster.scripts", "copy the Slurm scripts out of an installed mvar"),
     "status": ("mvar.status", "how a training run is doing, on one screen"),
-    "report": ("mvar.report", "draw the curves of a run"),
+    "report": ("mvar.report", "draw the curves of a run, or all that is known of it as one page"),
+    "gallery": ("mvar.gallery.command", "draw from checkpoints in a browser, compare them, see their curves"),
     "doctor": ("mvar.doctor", "what this machine has, and what `auto` comes to on it"),
     "demo": ("mvar.demo", "the whole job on a few thousand real images"),
 }

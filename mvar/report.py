@@ -1,4 +1,7 @@
-"""`mvar report`: the curves of a run, drawn from its metrics.jsonl, and how its samples were evaluated."""
+"""`mvar report`: the curves of a run, drawn from its metrics.jsonl, and how its samples were evaluated.
+
+With --html everything that its folder tells, as one page that needs nothing else: to read, to keep, to send.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ import matplotlib.pyplot as plt
 
 from mvar.cli import run_command
 from mvar.errors import MvarError
-from mvar.evaluation import EVALUATIONS
-from mvar.files.json_lines import JsonRecord, read
-
-DISTANCES = {"fid": "FID", "fd_efflite0": "FD-efflite0", "fd": "FD"}
-"""Keys of Frechet distances in evaluations, and their names."""
+from mvar.files.disk import write_text
+from mvar.files.json_lines import JsonRecord
+from mvar.reporting.facts import facts_of
+from mvar.reporting.page import page
+from mvar.reporting.records import DISTANCES, Point, read_evaluations, series, smooth, way_of
 
 
 def read_metrics(path: Path) -> list[JsonRecord]:
@@ -37,18 +40,6 @@ def read_metrics(path: Path) -> list[JsonRecord]:
     return records
 
 
-def read_evaluations(run: Path, records: list[JsonRecord]) -> list[JsonRecord]:
-    """Of a run's samples: those that `mvar evaluate --run` noted, and those of the training itself, by images seen."""
-    noted = [record for record in read(run / EVALUATIONS) if isinstance(record.get("step"), int)]
-    seen = {record["step"]: record["samples"] for record in records if record.get("step")}
-    if seen:
-        last = max(seen)
-        noted = [{"samples": seen.get(one["step"], one["step"] * seen[last] / last), **one} for one in noted]
-    own = [record for record in records if record["kind"] == "evaluate"]
-    found = [one for one in noted + own if "samples" in one and any(key in one for key in (*DISTANCES, "kid"))]
-    return sorted(found, key=lambda one: float(one["samples"]))
-
-
 def draw_curves(records: list[JsonRecord], path: Path, title: str, evaluations: Sequence[JsonRecord] = ()) -> None:
     """Loss, accuracy, loss by scale and learning rate, and distances of samples, over images seen, as one PNG."""
     train = [record for record in records if record["kind"] == "train"]
@@ -59,9 +50,9 @@ def draw_curves(records: list[JsonRecord], path: Path, title: str, evaluations: 
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3.75 * rows), layout="constrained")
     figure.suptitle(title)
     for axis, key, label in ((axes[0][0], "loss", "cross entropy (nats)"), (axes[0][1], "accuracy", "token accuracy")):
-        axis.plot(*_series(train, key), color="0.8", linewidth=0.8, label="training, each step")
-        axis.plot(*_smooth(*_series(train, key)), color="tab:blue", label="training, smoothed")
-        axis.plot(*_series(val, key), "o-", color="tab:orange", markersize=3, label="validation")
+        axis.plot(*_xy(series(train, key)), color="0.8", linewidth=0.8, label="training, each step")
+        axis.plot(*_xy(smooth(series(train, key))), color="tab:blue", label="training, smoothed")
+        axis.plot(*_xy(series(val, key)), "o-", color="tab:orange", markersize=3, label="validation")
         axis.set(ylabel=label, xlabel="images seen")
         axis.legend()
     for record in records:
@@ -71,7 +62,7 @@ def draw_curves(records: list[JsonRecord], path: Path, title: str, evaluations: 
                 "resumed", (record["samples"], 0.02), xycoords=("data", "axes fraction"), color="tab:red"
             )
     _draw_by_scale(axes[1][0], val or train, "validation" if val else "training")
-    axes[1][1].plot(*_series(train, "lr"), color="tab:green")
+    axes[1][1].plot(*_xy(series(train, "lr")), color="tab:green")
     axes[1][1].set(ylabel="learning rate", xlabel="images seen")
     if evaluations:
         _draw_distances(axes[2], evaluations)
@@ -100,10 +91,8 @@ def _draw_distances(axes: Any, evaluations: Sequence[JsonRecord]) -> None:
         ways: dict[str, list[tuple[float, float, float, float | None]]] = {}
         for one in evaluations:
             for key in (key for key in keys if one.get(key) is not None):
-                told = [DISTANCES.get(key, ""), f"{one['images']:,} images" if "images" in one else ""]
-                told += [f"cfg {one['cfg']}" if one.get("cfg") is not None else ""]
                 point = one["samples"], one[key], 2 * (one.get(f"{key}_error") or 0.0), one.get(f"{key}_floor")
-                ways.setdefault(", ".join(filter(None, told)), []).append(point)
+                ways.setdefault(way_of(one, key), []).append(point)
         for way, points in ways.items():
             x, y, spread, floors = zip(*points, strict=True)
             (line, *_) = axis.errorbar(x, y, yerr=spread, fmt="o-", markersize=3, capsize=3, label=way or None)
@@ -114,29 +103,36 @@ def _draw_distances(axes: Any, evaluations: Sequence[JsonRecord]) -> None:
             axis.legend(fontsize="small")
 
 
-def _series(records: list[JsonRecord], key: str) -> tuple[list[float], list[float]]:
-    kept = [record for record in records if record.get(key) is not None]
-    return [record["samples"] for record in kept], [record[key] for record in kept]
-
-
-def _smooth(x: list[float], y: list[float], share: float = 0.02) -> tuple[list[float], list[float]]:
-    """Exponential mean over about `share` of the points, corrected for its start."""
-    decay = 1 - 1 / max(1.0, share * len(y))
-    mean, weight, out = 0.0, 0.0, []
-    for value in y:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(mean / weight)
-    return x, out
+def _xy(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="mvar report", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser = argparse.ArgumentParser(
+        prog="mvar report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder, of a transformer or (with --html) of a tokenizer")
     parser.add_argument("--out", type=Path, help="PNG to write (default RUN/curves.png)")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="write a page instead, with everything in it (default RUN/report.html)",
+    )
     args = parser.parse_args(argv)
-    out = args.out or args.run / "curves.png"
-    records = read_metrics(args.run / "metrics.jsonl")
-    draw_curves(records, out, str(args.run), read_evaluations(args.run, records))
+    if args.html is not None and args.out is not None:
+        raise MvarError(
+            "--out names a PNG and --html a page: give one of them, and run the command again for the other."
+        )
+    if args.html is not None:
+        out = args.run / "report.html" if args.html == Path() else args.html
+        write_text(out, page(facts_of(args.run)))
+    else:
+        out = args.out or args.run / "curves.png"
+        records = read_metrics(args.run / "metrics.jsonl")
+        draw_curves(records, out, str(args.run), read_evaluations(args.run, records))
     print(f"wrote {out}")
     return 0
 

@@ -90,6 +90,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         begun = begin(engine, run, job, world, found)
         watchdog.feed("start")
         announce(world, [*engine.chosen, *chosen(job, world)])
+        history.runs_on(world.devices)
         history.going_on(begun.step)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
         means = Means(session, engine, history, Trust(engine, suspects), utilisation)

@@ -26,7 +26,7 @@ import torch
 from mvar.cli import run_command
 from mvar.config import Phase, TrackingConfig
 from mvar.data.prefetch import Feed
-from mvar.errors import EXIT_FINISHED, CheckpointError, ImageError
+from mvar.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, ImageError
 from mvar.files.disk import write_text
 from mvar.images.arrays import enlarge, grid, save_png, to_uint8
 from mvar.images.layouts import open_images
@@ -35,6 +35,7 @@ from mvar.log import log, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
+from mvar.run.history import History
 from mvar.run.loop import Session, TrainingLoop, Votes, claim, due
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, wandb_mode
@@ -109,6 +110,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         log.info(f"{world.size} ranks; rank {world.rank} on {world.device}, process {os.getpid()}")
         stops = stack.enter_context(StopRequests(run.stop_file, config.stop_before_end_s, looks=world.is_main))
         session = Session(run, world, watchdog, stops, ours, config.takeover_s)
+        history = stack.enter_context(History(run.path, writes=world.is_main).recording(world.size))
         threads = config.threads or world.own_cores
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # The trainer splits batches over threads of its own.
@@ -132,13 +134,15 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
             left_out=left_out,
         )
         world.together(lambda: write_text(run.config, dump(config)) if world.is_main else None)
+        history.runs_on(world.devices)
+        history.going_on(done)
         if world.is_main:
             log.info("%s", f"resuming after step {done}" if done else "beginning")
             _announce(config, source, held_out, trainer, pictures.steps_per_epoch)
         tell(trainer.chosen)
         tracker = stack.enter_context(_tracker(config, world, done))
         feed = Feed(stack.enter_context(closing(pictures.batches(done, config.steps))), 1)
-        kept = Kept(states, identity)
+        kept = Kept(states, identity, history)
         return TokenizerTraining(session, feed, config, trainer, held_out, left_out, kept, tracker).loop(done)
 
 
@@ -176,10 +180,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Kept:
-    """Where the training's states are kept, and what may not change between two of them."""
+    """Where the training's states are kept, what may not change between two of them, and how its starts ended."""
 
     states: StateFile
     identity: dict[str, Any]
+    history: History
 
 
 @dataclass(frozen=True)
@@ -271,6 +276,10 @@ class TokenizerTraining(TrainingLoop[Pixels, TokenizerStep, TokenizerStep]):
 
     def finish(self, done: int) -> None:
         self.world.together(lambda: self.publish() if self.world.is_main else None)
+        self.kept.history.end(EXIT_FINISHED, done, "finished")
+
+    def stopped(self, done: int, reason: str) -> None:
+        self.kept.history.end(EXIT_STOPPED, done, reason)
 
     def publish(self) -> None:
         self.draw(self.folder / "reconstructions.png")

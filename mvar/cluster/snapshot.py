@@ -20,13 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +39,7 @@ from mvar.errors import MvarError
 from mvar.files.disk import sha256_of, sync_folder, synced, tree_digest
 from mvar.log import log
 from mvar.paths import is_url, written
+from mvar.run.environment import git, versions
 from mvar.settings import S, dump, flat, load
 
 SOURCE = shipped.CODE
@@ -49,7 +47,6 @@ SOURCE = shipped.CODE
 PACKAGES = ("mvar", "data_prep", *shipped.FOLDERS)
 NAME, CODE, CONFIG, RECORD = "snapshot", "code", "config.yaml", "snapshot.json"
 TEMPLATE = "ds_config.json"
-_DISTRIBUTIONS = ("torch", "deepspeed", "numpy", "pydantic", "safetensors")
 _FOREIGN_AFTER_S = 3600.0
 """Age at which a half-made snapshot belongs to nobody."""
 
@@ -166,35 +163,10 @@ def _describe(folder: Path, run: Path, replaces: str | None) -> dict[str, Any]:
         "run": str(run),
         "source": str(SOURCE),
         "replaces": replaces,
-        **_git(),
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        **git(PACKAGES),
+        "versions": versions(),
         "files": {path.as_posix(): sha256_of(folder / path) for path in _snapshot_files(folder)},
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _DISTRIBUTIONS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield name, importlib.metadata.version(name)
-
-
-def _git() -> dict[str, Any]:
-    """Commit of the checkout, and whether its code differs from it; None where git cannot tell.
-
-    Of an installed wheel too: a repository around it is somebody else's.
-    """
-
-    def ask(*words: str) -> str | None:
-        if shipped.INSTALLED:
-            return None
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=20)
-            return done.stdout.strip() if done.returncode == 0 else None
-        return None
-
-    commit = ask("rev-parse", "HEAD")
-    changes = ask("status", "--porcelain", "--", *PACKAGES) if commit else None
-    return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes)}
 
 
 def _snapshot_files(folder: Path) -> Iterator[Path]:

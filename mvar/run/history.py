@@ -5,6 +5,7 @@ One JSON object a line, all with `event` and `time` (Unix seconds):
 
     start      pid, host, world, and of Slurm: job, restarts, nodes, allocated (when the job began);
                last_sign (when the process before last wrote a measurement: the end of a killed one)
+    environment  versions, system, device, commit, uncommitted_changes: what the start ran on, from which code
     going_on   step: the checkpoint was taken up (0: the run began)
     end        code, step, reason: the process ended by itself
     spike      step, reason, worst_samples (those of highest loss): a loss or gradient far above the usual
@@ -28,6 +29,7 @@ from typing import Any
 from mvar.errors import EXIT_FAULT, EXIT_USER_ERROR, MvarError
 from mvar.files import json_lines
 from mvar.log import log
+from mvar.run.environment import environment
 
 NAME = "history.jsonl"
 
@@ -117,6 +119,19 @@ class History:
             return self.path.with_name("metrics.jsonl").stat().st_mtime
         except FileNotFoundError:
             return None
+
+    def runs_on(self, device: str) -> None:
+        """`device`: what the ranks compute on, in words. Asks git, which takes a moment."""
+        if self._writes:
+            self._write("environment", **environment(device))
+
+    def environment(self) -> dict[str, Any]:
+        """What the newest start ran on; empty where none said."""
+        found: dict[str, Any] = {}
+        for event in json_lines.read(self.path):
+            if event.get("event") == "environment":
+                found = {key: value for key, value in event.items() if key not in ("event", "time")}
+        return found
 
     def going_on(self, step: int) -> None:
         self._write("going_on", step=step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import nullcontext
@@ -78,6 +79,12 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.place.rank == 0
+
+    @property
+    def devices(self) -> str:
+        """What the ranks compute on, in words; of this rank's kind, as all have the same."""
+        own = f"{platform.machine()} CPU ({self.own_cores} cores a rank)"
+        return f"{self.size} x {torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else own}"
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, float64, in place on this rank's device; the result is on the CPU, equal everywhere."""

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mvar.cli import main
+from mvar.run.history import History
 from mvar.tokenizer.files import load_tokenizer, sha256_of
 
 STEPS = 40
@@ -97,6 +98,9 @@ def test_a_training_leaves_tokenizer_metrics_and_pictures(finished):
         # Eight columns at most, originals above reconstructions: an even number of rows.
         assert sheet.height // 2 in (2 * 8 + 2, 4 * 8 + 6)
     assert not [name for name in os.listdir(finished) if name.startswith(".")]
+    (start,) = History(finished).starts()
+    assert (start.begin_step, start.end_step, start.reason) == (0, STEPS, "finished")
+    assert History(finished).environment()["device"].startswith("1 x ")
 
 
 def test_the_same_command_gives_the_same_bytes(images, finished, tmp_path):

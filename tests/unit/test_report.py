@@ -8,7 +8,8 @@ from PIL import Image
 
 from mvar.errors import MvarError
 from mvar.report import main as report
-from mvar.report import read_evaluations, read_metrics
+from mvar.report import read_metrics
+from mvar.reporting.records import read_evaluations
 
 
 def _record(kind: str, step: int) -> dict[str, object]:
