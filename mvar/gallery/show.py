@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from mvar.errors import MvarError
 from mvar.gallery.studio import Growth
 from mvar.gallery.wish import Wish
-from mvar.images.arrays import Bytes
 from mvar.reporting.charts import figure
 from mvar.reporting.curves import charts_of, figure_charts
 from mvar.reporting.facts import facts_of
 from mvar.reporting.style import CHARTS, DARK, LIGHT
+from mvar.sampling.packing import encode_png
 
 SMALL_PX = 120
 """A side up to which pictures are shown larger than they are, pixel by pixel."""
@@ -35,13 +32,6 @@ CSS = f"""
 .mvar .error {{ border-left: 4px solid var(--bad); background: var(--card); padding: 10px 14px; }}
 .mvar a.download {{ color: var(--line-0); }}
 """
-
-
-def png(array_HWC: Bytes) -> bytes:
-    """The bytes that `mvar sample` writes for the same pixels."""
-    held = io.BytesIO()
-    Image.fromarray(array_HWC).save(held, format="PNG")
-    return held.getvalue()
 
 
 def data_uri(data: bytes) -> str:
@@ -101,7 +91,7 @@ def curves(run: Path) -> str:
 
 def _sheet(frame: Growth, wish: Wish, place: int = 0) -> str:
     sheet = wish.sheet(frame.images_BHWC)
-    uri, side = data_uri(png(sheet)), frame.images_BHWC.shape[1]
+    uri, side = data_uri(encode_png(sheet)), frame.images_BHWC.shape[1]
     factor = max(1, SMALL_PX // side)
     small = ' class="drawn small"' if factor > 1 else ' class="drawn"'
     image = f'<img{small} alt="scale {frame.scale + 1}" width="{sheet.shape[1] * factor}" src="{uri}">'
@@ -112,10 +102,7 @@ def _sheet(frame: Growth, wish: Wish, place: int = 0) -> str:
 
 
 def _told(frame: Growth, wish: Wish, names: Sequence[str] | None) -> str:
-    rows = ", ".join(
-        str(label) if names is None or names[label] == str(label) else f"{label} {names[label]}"
-        for label in wish.counts
-    )
+    rows = ", ".join(_named(label, names) for label in wish.counts)
     return f'<p class="told">scale {frame.scale + 1} of {frame.scales}; rows: class {escape(rows)}</p>'
 
 
@@ -127,7 +114,7 @@ def _named(label: int, names: Sequence[str] | None) -> str:
 
 def _film(frames: Sequence[Growth]) -> str:
     pictures = "".join(
-        f'<span><img alt="" src="{data_uri(png(frame.images_BHWC[0]))}">scale {frame.scale + 1}</span>'
+        f'<span><img alt="" src="{data_uri(encode_png(frame.images_BHWC[0]))}">scale {frame.scale + 1}</span>'
         for frame in frames
     )
     return f'<div class="film">{pictures}</div>'

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from mvar.errors import ConfigError
-from mvar.gallery.show import png
 from mvar.images.arrays import Bytes
 from mvar.sampling.canvas import Canvas
+from mvar.sampling.packing import encode_png
 
 
 def pictures_of(painted: Mapping[str, Any] | None) -> tuple[bytes, bytes]:
@@ -32,7 +32,7 @@ def pictures_of(painted: Mapping[str, Any] | None) -> tuple[bytes, bytes]:
     mask: Bytes = np.where(marked, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
     flat = Image.new("RGBA", (background.shape[1], background.shape[0]), (255, 255, 255, 255))
     flat.alpha_composite(Image.fromarray(np.asarray(background, np.uint8)))
-    return png(np.asarray(flat.convert("RGB"))), png(mask)
+    return encode_png(np.asarray(flat.convert("RGB"))), encode_png(mask)
 
 
 def canvas_of(picture: bytes, mask: bytes, size: int) -> Canvas:

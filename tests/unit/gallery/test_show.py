@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,12 @@ def test_pictures_can_be_downloaded_once_they_are_done() -> None:
     assert growing.count("<span>") == 1 and done.count("<span>") == 2 and "scale 2 of 2" in done
     pair = show.pair((frame(1), frame(1)), (WISH, WISH), ("A: x", "B: y"), None)
     assert 'download="mvar-seed0.png"' in pair and 'download="mvar-seed0-b.png"' in pair
+
+
+def test_an_edit_without_a_class_says_so() -> None:
+    """Its label is the one past the last class, which has no name."""
+    wish = dataclasses.replace(WISH, counts={2: 1})
+    assert "rows: class 2 (none)" in show.growing([frame(0)], wish, (BAD, "dog"))
 
 
 def test_names_labels_and_errors_are_escaped() -> None:

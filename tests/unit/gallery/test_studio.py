@@ -11,9 +11,9 @@ import torch
 from mvar.cli import main as mvar
 from mvar.errors import CheckpointError, ConfigError
 from mvar.gallery.entries import Exhibit, entries_of
-from mvar.gallery.show import png
 from mvar.gallery.studio import KEPT, Studio
 from mvar.gallery.wish import HowFields, Wish, command_line, wish_of
+from mvar.sampling.packing import encode_png
 from mvar.testing.tiny_pairs import CLASSES, PYRAMID, SIDE_PX, write_pair
 
 HOW = HowFields(cfg="2", top_k="20")
@@ -49,7 +49,7 @@ def test_the_last_frame_is_what_the_shown_command_writes_byte_for_byte(
     assert len({frame.images_BHWC.tobytes() for frame in frames}) == len(PYRAMID)  # It grows.
     monkeypatch.chdir(tmp_path)
     assert mvar([*shlex.split(command_line(entries[0], wish(), HOW))[1:], "--device", "cpu"]) == 0
-    assert (tmp_path / "samples.png").read_bytes() == png(wish().sheet(frames[-1].images_BHWC))
+    assert (tmp_path / "samples.png").read_bytes() == encode_png(wish().sheet(frames[-1].images_BHWC))
 
 
 def test_two_settings_and_two_models_are_drawn_with_the_same_seeds(entries: list[Exhibit], studio: Studio) -> None:

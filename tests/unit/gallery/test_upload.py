@@ -12,10 +12,11 @@ import torch
 from mvar.cli import main as mvar
 from mvar.errors import ConfigError
 from mvar.gallery.entries import Exhibit
-from mvar.gallery.show import given, png
+from mvar.gallery.show import given
 from mvar.gallery.studio import Studio
 from mvar.gallery.upload import canvas_of, pictures_of
 from mvar.gallery.wish import HowFields, edit_command_line, edit_wish_of
+from mvar.sampling.packing import encode_png
 from mvar.testing.tiny_pairs import CLASSES, PYRAMID, SIDE_PX, write_pair
 
 
@@ -47,7 +48,7 @@ def test_an_edit_is_what_the_shown_command_writes_byte_for_byte(
     command = shlex.split(edit_command_line(exhibit, wish, how, CLASSES))
     assert mvar([*command[1:], "--device", "cpu"]) == 0
     for number, image in enumerate(frames[-1].images_BHWC):
-        assert Path("edited", f"{number:05d}.png").read_bytes() == png(image)
+        assert Path("edited", f"{number:05d}.png").read_bytes() == encode_png(image)
 
 
 def test_what_is_painted_is_white_in_the_mask_and_both_files_are_given() -> None:
