@@ -20,13 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.allocator import keep_freed_memory
 from data_prep.job import Precision, TokenizeConfig
 from mvar.cgroups import cores
 from mvar.errors import BackendError
 from mvar.images.arrays import from_uint8, to_model_range
 from mvar.images.views import Pixels
+from mvar.log import Chosen, tell
+from mvar.machine.allocator import keep_freed_memory
 from mvar.model.kernels.arithmetic import products
+from mvar.model.kernels.precision import product_dtype
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -78,6 +80,9 @@ class BatchEncoder:
         if device.type == "cpu":
             if config.precision == "tf32":
                 raise BackendError("precision=tf32: a CPU does not have it. Set precision=fp32, or bf16.")
+            if config.precision == "bf16" and product_dtype(torch.bfloat16, device) != torch.bfloat16:
+                reason = "this CPU has no instructions for it; precision=fp32 is several times faster, and exact"
+                tell([Chosen("precision", "bf16", reason, slow=True)])
             keep_freed_memory()
         if config.threads is not None:
             torch.set_num_threads(config.threads)

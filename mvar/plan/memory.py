@@ -6,12 +6,12 @@ P parameters on N ranks; e bytes of a weight: 2 in bf16 and fp16, else 4. Master
 |-------|---------|--------------------|-----------|----------------------------------------------------------|
 | 0     | 4 P     | 4 P                | 8 P       | the weights are their own masters; no bf16, no fp16      |
 | 1     | e P     | bf16 6 P, else 4 P | 12 P/N    | bf16: the gradients and their fp32 sums                  |
-| 2     | e P     | 4 P/N              | 12 P/N    | e = 4: a gradient across the border of ranks stays whole |
+| 2     | e P     | 4 P/N              | 12 P/N    |                                                          |
 | 3     | e P/N   | 4 P/N; e P/N alone | 12 P/N    | small parameters are also kept whole                     |
 
 alone: a step of one micro-batch.
 
-Stage 1 with e = 4 and without accumulation holds the gradients as stage 2 does.
+Stage 1 with e = 4 and without accumulation holds 4 P/N of gradients, and those across the border of ranks whole.
 
 Shapes are those of the model: B images, L tokens, C width, V vocabulary.
 """
@@ -115,9 +115,14 @@ def model_state(sizes: Sizes, setup: Setup) -> ModelStateBytes:
     gradients = FP32 * share
     if setup.stage == 1:
         gradients = (6 if setup.precision == "bf16" else FP32) * sizes.parameters
-    if setup.weight_bytes == FP32 and (setup.stage == 2 or setup.accumulation == 1):
+    if setup.weight_bytes == FP32 and not _flat(setup) and (setup.stage == 2 or setup.accumulation == 1):
         gradients = FP32 * _whole_in_part(groups, padded, setup.world)
     return _offloaded(setup, 0, e * sum(padded), gradients, FP32 * share, FP32 * share * setup.ema)
+
+
+def _flat(setup: Setup) -> bool:
+    """Whether gradients lie where the optimizer reads them (`mvar.training.zero_gradients`)."""
+    return setup.stage == 2 and setup.device_of("offload_optimizer") == "none"
 
 
 def _persistent(setup: Setup) -> int:
@@ -165,7 +170,8 @@ class Buffers:
     casts: int
     """bf16_autocast: the weights in bf16, kept until the backward pass."""
     update: int
-    """ZeRO 1 and 2: a flat copy of a group's gradients while the optimizer runs, when activations are gone."""
+    """ZeRO 1, and 2 off the GPU: a flat copy of a group's gradients while the optimizer runs, when activations are
+    gone."""
 
     @property
     def in_pass(self) -> int:
@@ -182,7 +188,7 @@ def buffers(sizes: Sizes, setup: Setup) -> Buffers:
             communication = min(bucket, sizes.parameters) * element
         else:
             communication = (2 if setup.zero.get("overlap_comm") else 1) * bucket * element
-        update = FP32 * max(sum(group) for group in sizes.groups) // setup.world
+        update = 0 if _flat(setup) else FP32 * max(sum(group) for group in sizes.groups) // setup.world
     elif setup.stage == 3:
         largest = max(sizes.counts.values())
         # The bucket, and a copy of it in the order that reduce-scatter wants. A larger gradient goes alone.

@@ -21,6 +21,7 @@ from mvar.cgroups import cores
 from mvar.errors import BackendError
 from mvar.images.arrays import Bytes, to_uint8
 from mvar.log import log
+from mvar.model.kernels.precision import product_dtype
 from mvar.model.transformer import MVAR
 from mvar.sampling.graph import GraphedDrawing
 from mvar.sampling.options import SamplingOptions
@@ -126,8 +127,9 @@ class Painter:
 
 
 def decoded(tokenizer: VQVAE, f_hat_BChw: Tensor, precision: SamplePrecision) -> Tensor:
-    """Feature maps (B, C, h, w) -> pictures (B, 3, H, W) float32 in [-1, 1], convolved in that precision."""
-    dtype = DTYPES[precision]
+    """Feature maps (B, C, h, w) -> pictures (B, 3, H, W) float32 in [-1, 1], convolved in that precision, or in float32
+    on a CPU without its instructions."""
+    dtype = product_dtype(DTYPES[precision], f_hat_BChw.device)
     # No memory of casts: a graph would keep those of its capture.
     with torch.autocast(f_hat_BChw.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         return tokenizer.decode_latent(f_hat_BChw)

@@ -28,6 +28,7 @@ from mvar.config import ModelConfig, OptimConfig, TrainConfig
 from mvar.data.stream import Batch
 from mvar.ds_config import BatchSplit
 from mvar.errors import BackendError, ConfigError
+from mvar.machine.allocator import keep_freed_memory
 from mvar.model.backends import chosen_backends
 from mvar.model.init import Initializer
 from mvar.model.kernels import fused
@@ -39,7 +40,7 @@ from mvar.run.world import Later, World, on_device
 from mvar.schedule import Plan, decays
 from mvar.training.objective import Losses, ModelCall, Objective
 from mvar.training.pace import DeviceTimer
-from mvar.training.zero_norm import shorten
+from mvar.training.zero_gradients import shorten
 
 NO_VOTES = Votes()
 
@@ -139,10 +140,12 @@ class Engine:
     def _initialize(self, tree: ds_config.Tree) -> tuple[Any, torch.optim.Optimizer]:
         import deepspeed
 
+        devices = dict(ds_config.offloads(tree))
+        if self.world.device.type == "cpu" and not devices:  # Where weights are offloaded, memory is what is short.
+            keep_freed_memory()
         sharded = deepspeed.zero.Init(config_dict_or_path=tree) if self.stage == 3 else contextlib.nullcontext()
         with sharded:
             model = build_model(self.config, self._model_config)
-        devices = dict(ds_config.offloads(tree))
         client = make_optimizer(parameter_groups(model), self.config.optim, self.plan.peak_lr, devices)
         engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=tree)
         shorten(engine.optimizer)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 25
-"""Elements worked on together: what a core's cache holds; what keeps a GPU busy."""
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 25
+"""Elements worked on together: what the cores' shared cache holds a few times; what keeps a GPU busy."""
 
 
 def runs(total: int, elements: int, device: torch.device) -> list[slice]:

@@ -8,7 +8,7 @@ import torch
 
 from mvar.errors import MvarError
 from mvar.sampling.options import SamplingOptions
-from mvar.sampling.painter import GPU_BATCH, Painter, fitting_batch
+from mvar.sampling.painter import GPU_BATCH, Painter, decoded, fitting_batch
 from mvar.sampling.pictures import Picture
 from tests.unit.sampling.test_graph import pair
 
@@ -26,6 +26,17 @@ def test_the_number_of_threads_changes_no_bit_and_no_order() -> None:
     assert drawn[1].shape == (23, 6, 6, 3) and drawn[1].dtype == np.uint8
     assert np.array_equal(drawn[1], drawn[2]) and np.array_equal(drawn[1], drawn[5])
     assert len({image.tobytes() for image in drawn[1]}) > 20
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_cpu_without_16_bit_instructions_decodes_in_float32(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+    monkeypatch.setattr("mvar.model.kernels.precision._cpu_multiplies", lambda _dtype: has_bf16)
+    _, tokenizer = pair()
+    latent_BChw = torch.randn(2, *tokenizer.quantizer.start(1).shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, half = decoded(tokenizer, latent_BChw, "fp32"), decoded(tokenizer, latent_BChw, "bf16")
+    assert half.dtype == torch.float32
+    assert torch.equal(exact, half) is not has_bf16
 
 
 def test_an_error_of_a_thread_is_raised_where_the_images_are_asked_for() -> None:
