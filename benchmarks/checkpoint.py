@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
         )
         world = worlds.start()
-        measure(Run(config, world), world, folder, args.rounds).finish(args.json)
+        measure(Run(config, world), world, folder, args.rounds).finish(args)
         worlds.finish()
     return 0
 

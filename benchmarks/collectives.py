@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.add(f"worst_error_{world}", max(map(abs, errors.values())), "<= 0.2")
         report.add(f"gb_s_{world}", links.inside_bytes_s / 1e9)
         report.add(f"hop_us_{world}", links.inside_hop_s * 1e6)
-    report.finish(args.json)
+    report.finish(args)
     return 0
 
 

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--width", type=int, default=1280, help="features of the stand-in network")
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     args = arguments.parse_args(argv)
-    measure(args.images, args.size, args.width, args.threads).finish(args.json)
+    measure(args.images, args.size, args.width, args.threads).finish(args)
     return 0
 
 

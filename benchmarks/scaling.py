@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add("exponent_tokens", ours)
     report.add("exponent_tokens_dense", dense)
     bytes_of_stages(report, args.world, args.precision)
-    report.finish(args.json)
+    report.finish(args)
     return 0
 
 

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--rounds", type=int, default=3, help="rounds that are counted")
     arguments.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     args = arguments.parse_args(argv)
-    measure(args.images, args.batch, args.channels, args.rounds, args.threads).finish(args.json)
+    measure(args.images, args.batch, args.channels, args.rounds, args.threads).finish(args)
     return 0
 
 

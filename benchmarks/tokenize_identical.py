@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not tokenizer.exists():
             make_tokenizer(tokenizer, 160, images)
         report = measure(images.root, tokenizer, out, args.tasks, args.kills, args.pause, keys)
-    report.finish(args.json)
+    report.finish(args)
     return 0
 
 
