@@ -60,7 +60,9 @@ def training(config: TrainConfig, world: World, rounds: int) -> dict[str, list[f
     model = VAR(deeper(config.model.depth), patch_nums=config.model.patch_nums).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.base_lr, fused=True)
     var = Loop(config, ours.engine.objective, model, optimizer)
-    return side_by_side({"ours": ours.step, "var": var.step}, rounds)
+    seconds = side_by_side({"ours": ours.step, "var": var.step}, rounds)
+    ours.close()
+    return seconds
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ class Report:
             own = {"load_before": self.load_before, "took_s": round(time.monotonic() - self.began_s, 1)}
             tree["context"] = surroundings() | own | self.context
             json_path.parent.mkdir(parents=True, exist_ok=True)
-            json_path.write_text(json.dumps(tree, indent=1, sort_keys=True) + "\n")
+            json_path.write_text(json.dumps(tree, indent=1) + "\n")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ feed-forward see the new tokens, Mamba-2 sees all tokens so far (1,710 instead o
 Figures end with precision and batch, as in transformer_vs_recompute_bf16_b8, one for each of --precision and --batch:
 
 transformer_vs_recompute_*   seconds of the baseline divided by ours: transformer, guidance, filters, quantizer
-end_to_end_vs_recompute_*    the same with the decoder to pixels (published size) on both sides; at the smallest batch
+end_to_end_vs_recompute_*    the same with the decoder to pixels (published size) on both sides; at the smallest batch.
+                             On a CPU without 16-bit matrix instructions the decoder runs in fp32
 peak_share_*                 operations of the model's weights a second, divided by the best that this machine reaches
                              in matrix products of that precision (`benchmarks/roofline.py`, peak)
 imgs_per_s_*                 of ours, without the decoder
@@ -28,6 +29,7 @@ from benchmarks.roofline import peak
 from mvar.config import ModelConfig
 from mvar.model.block import Block
 from mvar.model.init import init_weights_
+from mvar.model.kernels.precision import product_dtype
 from mvar.model.mamba2 import Mamba2, MambaState
 from mvar.model.transformer import MVAR
 from mvar.sampling.sampler import generate, generate_latent
@@ -85,6 +87,8 @@ def measure(report: Report, args: argparse.Namespace, precision: str, tokenizer:
     gflops, way = peak(precision, device, args.rounds)
     report.context[f"peak_{precision}"] = {"gflops": gflops, "multiplied_in": way}
 
+    decoding = product_dtype(DTYPES[precision], device)
+
     def drawing(name: str, batch: int, decode: bool) -> Callable[[], object]:
         labels_B = torch.arange(batch, device=device)
 
@@ -92,7 +96,7 @@ def measure(report: Report, args: argparse.Namespace, precision: str, tokenizer:
             latent_BChw = generate_latent(models[name], tokenizer, labels_B, seeds=range(batch))
             if not decode:
                 return latent_BChw
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device.type, decoding, enabled=decoding != torch.float32):
                 return tokenizer.decode_latent(latent_BChw)
 
         return run

@@ -78,6 +78,7 @@ def measure(report: Report, config: TrainConfig, world: World, rounds: int, peak
             raise SystemExit(f"ours and the baseline are different models: their first losses differ by {difference:g}")
         report.add(f"memory_vs_plan_{name}", memory_against_plan(ours, world))
     seconds = side_by_side({"ours": ours.step, "plain": plain.step}, rounds)
+    ours.close()
     report.compare(f"tokens_vs_baseline_{name}", seconds, "plain", wanted.get("tokens_vs_baseline"))
     step_s, sizes = statistics.median(seconds["ours"]), Sizes.of(config.model)
     report.add(f"tokens_per_s_{name}", batch * sizes.tokens / step_s)

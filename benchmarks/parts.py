@@ -1,0 +1,92 @@
+"""What `make bench` consists of, and how large each part is on the machine at hand.
+
+The parts' sizes are chosen so that all of them take less than half an hour on two cores: a part has minutes, and of its
+sizes takes the first that is expected to fit into them. What is expected follows from how fast the machine multiplies
+matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.harness import DTYPES
+from benchmarks.roofline import matmul_gflops
+
+LIMIT_MINUTES = 30.0
+SHARE = 0.6
+"""Of the peak of matrix products in fp32 that the parts reach on average."""
+BF16_GAIN = 2.0
+"""Gain of a pass in bf16 over one in fp32, on a machine that multiplies bf16 matrices faster than fp32 ones."""
+
+Sizes = Sequence[tuple[str, float]]
+"""Options, the largest first, each with its share of the first one's operations."""
+DEPTHS: Sizes = [(f"--depth {depth}", (depth / 12) ** 3) for depth in (12, 10, 8, 6, 4)]
+CHANNELS: Sizes = [(f"--channels {channels}", (channels / 160) ** 2) for channels in (160, 96, 64)]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How fast it multiplies matrices."""
+
+    fp32_gflops: float
+    bf16_gflops: float
+
+    @classmethod
+    def measure(cls) -> Machine:
+        """A look of some seconds."""
+        fp32, bf16 = (matmul_gflops(dtype, torch.device("cpu"), 2) for dtype in DTYPES.values())
+        return cls(fp32, bf16)
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.bf16_gflops > self.fp32_gflops
+
+    def minutes(self, tflop: float) -> float:
+        """Expected for a part that does half of these operations in fp32 and half in bf16."""
+        gain = BF16_GAIN if self.has_bf16 else 1.0
+        return tflop * 1e3 / (self.fp32_gflops * SHARE) * (1 + 1 / gain) / 2 / 60
+
+
+@dataclass(frozen=True)
+class Part:
+    """A call of a benchmark; its results lie in `benchmarks/results/NAME.json`."""
+
+    name: str
+    module: str
+    words: str
+    minutes: float
+    tflop: float = 0.0
+    """Operations at the first of its sizes, as if all were in fp32. 0: always as small."""
+    sizes: Sizes = (("", 1.0),)
+    without_bf16: str = ""
+    """More options where bf16 matrices are not multiplied as such."""
+
+    def command(self, machine: Machine, left_minutes: float, size: str | None = None) -> list[str]:
+        """Its words after `python -m`. `size`: instead of the first that fits into its minutes and those left."""
+        limit = min(self.minutes, left_minutes)
+        fitting = [words for words, share in self.sizes if machine.minutes(share * self.tflop) <= limit]
+        chosen = size if size is not None else [*fitting, self.sizes[-1][0]][0]
+        extra = "" if machine.has_bf16 else self.without_bf16
+        return [f"benchmarks.{self.module}", *self.words.split(), *chosen.split(), *extra.split()]
+
+
+PARTS = (
+    Part("roofline", "roofline", "", 0.5),
+    Part("store_read", "store_read", "--rounds 5", 0.5),
+    Part("scaling", "scaling", "--rounds 5", 1.5),
+    Part("collectives", "collectives", "--rounds 15", 0.5),
+    Part("evaluate", "evaluate", "--images 5000", 1),
+    Part("tokenize_identical", "tokenize_identical", "--made 12 --channels 32 --tasks 2 --kills 3 --pause 3", 1.5),
+    Part("tokenize", "tokenize", "--images 6 --batch 2 --rounds 5", 2, 22, CHANNELS, "--precision fp32"),
+    Part("checkpoint", "checkpoint", "--batch 1 --rounds 5", 2, 30, DEPTHS),
+    Part("train_step", "train_step", "--batch 2 8 --rounds 5", 10, 181, DEPTHS),
+    Part("against_var_256", "against_var", "--size 256 --batch 4 --rounds 5", 5, 131, DEPTHS),
+    Part("sample", "sample", "--batch 1 2 8 --rounds 5", 4, 125, DEPTHS),
+    Part("against_var_512", "against_var", "--size 512 --batch 1 --rounds 5", 3, 127, DEPTHS),
+)
+"""In the order in which they run. Operations: those of one training step of an image at depth 12 and 256 px (0.57
+TFLOP; a third of it for a forward pass, two for an image with guidance), times images, six rounds, both contestants,
+both precisions."""
