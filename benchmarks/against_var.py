@@ -19,7 +19,6 @@ import gc
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -49,8 +48,8 @@ def add(report: Report, args: tuple[str, int, str], what: str, noun: str, second
     precision, batch, size = args
     goal = GOALS[what, precision] if size == "256" and batch >= 4 else None
     report.compare(f"{what}_vs_var_{precision}_b{batch}", seconds, "var", goal)
-    report.add(f"{noun}_s_{precision}_b{batch}", median(seconds["ours"]))
-    report.add(f"var_{noun}_s_{precision}_b{batch}", median(seconds["var"]))
+    report.median(f"{noun}_s_{precision}_b{batch}", seconds["ours"])
+    report.median(f"var_{noun}_s_{precision}_b{batch}", seconds["var"])
 
 
 def training(config: TrainConfig, world: World, rounds: int) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ class Run:
 
     def close(self) -> None:
         """Free the engine's memory: DeepSpeed keeps every engine that is not told to go."""
-        self.engine.model.destroy()
+        engine: Any = self.engine.model
+        engine.destroy()
 
     def loss(self) -> Tensor:
         """Of the next batch, without a step."""

@@ -48,6 +48,11 @@ class Report:
         if how is not None:
             self.context[key] = dict(how)
 
+    def median(self, key: str, values: Sequence[float], goal: str | None = None) -> None:
+        """The median of the rounds' values, with their spread."""
+        how = spread(values)
+        self.add(key, how["median"], goal, how)
+
     def compare(
         self,
         key: str,
@@ -57,8 +62,8 @@ class Report:
     ) -> None:
         """How many times faster "ours" is than `baseline`: the median of the rounds' ratios. See `side_by_side`."""
         ratios = [theirs / own for theirs, own in zip(seconds[baseline], seconds["ours"], strict=True)]
-        how = spread(ratios) | {f"{name}_s": spread(taken) for name, taken in seconds.items()}
-        self.add(key, how["median"], goal, how)
+        own = {f"{name}_s": spread(taken) for name, taken in seconds.items()}
+        self.add(key, statistics.median(ratios), goal, {**spread(ratios), **own})
 
     def finish(self, args: argparse.Namespace) -> None:
         """Print the figures; with `--json`, write all of it. `args`: the command line, which figures belong to."""

@@ -102,10 +102,12 @@ def text_of(folder: Path) -> str:
     if not results:
         return "\n".join([*lines, "There are no results.", ""])
     newest = max(results, key=lambda result: str(result.context["when"])).context
+    apart = []
     for result in results:
-        apart = [f"{key} {result.context.get(key)}" for key in SAME if result.context.get(key) != newest.get(key)]
-        if apart:
-            lines += [f"**Of another run**: {result.name} ({', '.join(apart)}).", ""]
+        own = [f"{key} {result.context.get(key)}" for key in SAME if result.context.get(key) != newest.get(key)]
+        apart += [f"{result.name} ({', '.join(own)})"] if own else []
+    if apart:
+        lines += [f"**Of another run**: {'; '.join(apart)}.", ""]
     lines += [*header(newest, folder), ""]
     lines += [
         "Figures are medians; contestants take turns, and a round before the first is not counted. A name ends with",
@@ -172,7 +174,11 @@ def draw(folder: Path) -> None:
     from matplotlib import pyplot
 
     results, _ = read_all(folder)
-    shown = [(result.name, row) for result in results for row in result.rows if RATIO.search(row.key)]
+    shown = []
+    for result in results:
+        depth = result.context["arguments"].get("depth")
+        label = result.name if depth is None else f"{result.name}, depth {depth}"
+        shown += [(label, row) for row in result.rows if RATIO.search(row.key)]
     figure, axes = pyplot.subplots(figsize=(10, 1.6 + 0.24 * len(shown)), layout="constrained")
     for place, (_, row) in enumerate(shown):
         colour = {"": "tab:gray", "yes": "tab:green"}.get(row.verdict, "tab:red")
@@ -181,7 +187,7 @@ def draw(folder: Path) -> None:
         axes.plot(row.value, place, "o", color=colour, markersize=5)
         for bound in re.findall(r"[\d.]+", row.goal or ""):
             axes.plot(float(bound), place, "|", color="black", markersize=13, markeredgewidth=1.5)
-    axes.set_yticks(range(len(shown)), [f"{name}: {row.key}" for name, row in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [f"{label}: {row.key}" for label, row in shown], fontsize=8)
     axes.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,17 +45,17 @@ WIDTH = 64 * DEPTH
 BUCKET = 1_000_000
 
 
-def slope(points: dict[int, float]) -> float:
+def slope(points: Mapping[int, float]) -> float:
     """Least-squares slope of log(value) over log(key)."""
     xs, ys = [math.log(key) for key in points], [math.log(value) for value in points.values()]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)
 
 
-def exponents(pyramids: Pyramids, rounds: int) -> dict[str, float]:
-    """Of a model's forward and backward pass ("step"), of its token mixing, and of dense attention."""
+def exponents(pyramids: Pyramids, rounds: int) -> dict[str, list[float]]:
+    """Of a model's forward and backward pass ("step"), of its token mixing, and of dense attention; of each round."""
     attention, mamba = ScaleAttention(WIDTH, WIDTH // 64), Mamba2(WIDTH)
-    points: dict[str, dict[int, float]] = {"step": {}, "tokens": {}, "tokens_dense": {}}
+    points: dict[str, dict[int, list[float]]] = {"step": {}, "tokens": {}, "tokens_dense": {}}
     for sides in pyramids:
         lengths = tuple(side * side for side in sides)
         tokens = sum(lengths)
@@ -75,8 +75,11 @@ def exponents(pyramids: Pyramids, rounds: int) -> dict[str, float]:
 
         contestants: dict[str, Callable[[], object]] = {"step": step, "tokens": both, "tokens_dense": whole}
         for name, taken in side_by_side(contestants, rounds).items():
-            points[name][tokens] = min(taken)
-    return {name: slope(own) for name, own in points.items()}
+            points[name][tokens] = taken
+    return {
+        name: [slope({tokens: taken[i] for tokens, taken in own.items()}) for i in range(rounds)]
+        for name, own in points.items()
+    }
 
 
 def planned(tree: TrainConfig, world: int) -> tuple[Sizes, Setup]:
@@ -139,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse_args(argv)
     report = Report("scaling")
     for name, exponent in exponents(TINY if args.tiny else PYRAMIDS, args.rounds).items():
-        report.add(f"exponent_{name}", exponent, "<= 1.05" if name == "step" else None)
+        report.median(f"exponent_{name}", exponent, "<= 1.05" if name == "step" else None)
     bytes_of_stages(report, args.world, args.precision)
     report.finish(args)
     return 0

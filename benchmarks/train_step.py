@@ -17,7 +17,6 @@ memory_vs_plan_fp32_*  bytes kept for the backward pass (GPU: peak of the step) 
 from __future__ import annotations
 
 import gc
-import statistics
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -80,10 +79,10 @@ def measure(report: Report, config: TrainConfig, world: World, rounds: int, peak
     seconds = side_by_side({"ours": ours.step, "plain": plain.step}, rounds)
     ours.close()
     report.compare(f"tokens_vs_baseline_{name}", seconds, "plain", wanted.get("tokens_vs_baseline"))
-    step_s, sizes = statistics.median(seconds["ours"]), Sizes.of(config.model)
-    report.add(f"tokens_per_s_{name}", batch * sizes.tokens / step_s)
-    share = batch * flops(sizes).training / step_s / 1e9 / peak_gflops
-    report.add(f"peak_share_{name}", share, wanted.get("peak_share"))
+    sizes = Sizes.of(config.model)
+    report.median(f"tokens_per_s_{name}", [batch * sizes.tokens / step_s for step_s in seconds["ours"]])
+    at_peak_s = batch * flops(sizes).training / 1e9 / peak_gflops
+    report.median(f"peak_share_{name}", [at_peak_s / step_s for step_s in seconds["ours"]], wanted.get("peak_share"))
 
 
 def memory_against_plan(run: Run, world: World) -> float:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.model.kernels.precision import Linear, no_autocast, wide
-from mvar.sampling.sampler import draw_codes, filter_logits, token_uniforms
+from mvar.sampling.logits import draw_codes, filter_logits
+from mvar.sampling.uniforms import token_uniforms
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.quantizer import Quantizer
 
