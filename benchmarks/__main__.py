@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from benchmarks import page
 from benchmarks.harness import HERE, RESULTS, Report, parser
-from benchmarks.parts import LIMIT_MINUTES, PARTS, Machine
+from benchmarks.parts import LIMIT_MINUTES, PARTS, Machine, allotted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = Machine.measure()
     commands: dict[str, str] = {}
     failed = []
-    for part in PARTS:
-        if args.names and part.name not in args.names:
-            continue
+    chosen = [part for part in PARTS if not args.names or part.name in args.names]
+    for number, part in enumerate(chosen):
         has_depth = part.sizes[0][0].startswith("--depth")
         size = f"--depth {args.depth}" if args.depth and has_depth else None
-        left = float("inf") if args.names else LIMIT_MINUTES - (time.monotonic() - began_s) / 60
-        words = part.command(machine, left, size)
+        minutes = part.minutes if args.names else allotted(chosen[number:], (time.monotonic() - began_s) / 60)
+        words = part.command(machine, minutes, size)
         commands[part.name] = " ".join(words)
         print(f"\n=== {part.name}: python -m {commands[part.name]}", flush=True)
         if args.dry_run:
