@@ -14,12 +14,15 @@ import torch
 
 from benchmarks.harness import DTYPES
 from benchmarks.roofline import matmul_gflops
+from mvar.checkpoint.saver import available_memory
 
 LIMIT_MINUTES = 30.0
 PLANNED_MINUTES = 27.0
 """Expectations are not exact."""
 SHARE = 0.6
 """Of the peak of matrix products in fp32 that the parts reach on average."""
+FREE = 0.95
+"""Of the memory that a part may take."""
 BF16_GAIN = 2.0
 """Gain of a pass in bf16 over one in fp32, on a machine that multiplies bf16 matrices faster than fp32 ones."""
 
@@ -31,16 +34,17 @@ CHANNELS: Sizes = [(f"--channels {channels}", (channels / 160) ** 2) for channel
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast it multiplies matrices."""
+    """How fast it multiplies matrices, and the memory that is free."""
 
     fp32_gflops: float
     bf16_gflops: float
+    memory_gib: float
 
     @classmethod
     def measure(cls) -> Machine:
         """A look of some seconds."""
         fp32, bf16 = (matmul_gflops(dtype, torch.device("cpu"), 2) for dtype in DTYPES.values())
-        return cls(fp32, bf16)
+        return cls(fp32, bf16, available_memory() / 2**30)
 
     @property
     def has_bf16(self) -> bool:
@@ -66,10 +70,17 @@ class Part:
     sizes: Sizes = (("", 1.0),)
     without_bf16: str = ""
     """More options where bf16 matrices are not multiplied as such."""
+    gib: float = 0.0
+    """Most memory at the first of its sizes; with the depth, memory grows like its square, operations like its cube."""
 
     def command(self, machine: Machine, minutes: float, size: str | None = None) -> list[str]:
-        """Its words after `python -m`. `size`: instead of the first that fits into `minutes`."""
-        fitting = [words for words, share in self.sizes if machine.minutes(share * self.tflop) <= minutes]
+        """Its words after `python -m`. `size`: instead of the first that fits into `minutes` and memory."""
+        fitting = [
+            words
+            for words, share in self.sizes
+            if machine.minutes(share * self.tflop) <= minutes
+            and share ** (2 / 3) * self.gib <= FREE * machine.memory_gib
+        ]
         chosen = size if size is not None else [*fitting, self.sizes[-1][0]][0]
         extra = "" if machine.has_bf16 else self.without_bf16
         return [f"benchmarks.{self.module}", *self.words.split(), *chosen.split(), *extra.split()]
@@ -84,7 +95,7 @@ PARTS = (
     Part("tokenize_identical", "tokenize_identical", "--made 12 --channels 32 --tasks 2 --kills 3 --pause 3", 1.5),
     Part("tokenize", "tokenize", "--images 6 --batch 2 --rounds 5", 2, 22, CHANNELS, "--precision fp32"),
     Part("checkpoint", "checkpoint", "--batch 1 --rounds 5", 2, 30, DEPTHS),
-    Part("train_step", "train_step", "--batch 2 8 --rounds 5", 11, 181, DEPTHS),
+    Part("train_step", "train_step", "--batch 2 8 --rounds 5", 11, 181, DEPTHS, gib=21.5),
     Part("against_var_512", "against_var", "--size 512 --batch 1 --rounds 5", 3, 127, DEPTHS),
     Part("sample", "sample", "--batch 1 2 8 --rounds 5", 4, 125, DEPTHS),
     Part("against_var_256", "against_var", "--size 256 --batch 4 --rounds 5", 5, 131, DEPTHS),

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.parts import DEPTHS, LIMIT_MINUTES, PARTS, Machine, Part, allotted
 
-FAST, SLOW, PLAIN = Machine(1e6, 1e7), Machine(1.0, 2.0), Machine(1e6, 1e5)
+FAST, SLOW, PLAIN = Machine(1e6, 1e7, 64), Machine(1.0, 2.0, 64), Machine(1e6, 1e5, 64)
 
 
 class ParsedError(Exception):
@@ -41,13 +41,19 @@ def test_a_fast_machine_takes_the_largest_size_and_a_slow_one_the_smallest() -> 
     assert part.command(SLOW, 5, "--depth 7")[-1] == "7"
 
 
+def test_a_part_that_needs_much_memory_is_smaller_where_there_is_little() -> None:
+    part = Part("a", "train_step", "", 5, 100, DEPTHS, gib=20)
+    assert part.command(Machine(1e6, 1e7, 22), 5)[-1] == "12"
+    assert part.command(Machine(1e6, 1e7, 16), 5)[-1] == "10"
+
+
 def test_without_fast_bf16_a_part_may_leave_it_out() -> None:
     part = Part("a", "tokenize", "", 5, without_bf16="--precision fp32")
     assert part.command(FAST, 30) == ["benchmarks.tokenize"]
     assert part.command(PLAIN, 30) == ["benchmarks.tokenize", "--precision", "fp32"]
 
 
-@pytest.mark.parametrize("machine", [Machine(165, 20), Machine(380, 1500), Machine(1000, 4000)])
+@pytest.mark.parametrize("machine", [Machine(165, 20, 22), Machine(380, 1500, 22), Machine(1000, 4000, 64)])
 @pytest.mark.parametrize("slower", [0.7, 1.0, 1.3])
 def test_the_whole_run_ends_in_time_also_where_parts_take_longer_than_expected(machine: Machine, slower: float) -> None:
     elapsed = 0.0

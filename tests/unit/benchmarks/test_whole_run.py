@@ -18,7 +18,7 @@ FAILS = Part("sample", "sample", "--no-such-option", 1)
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr(Machine, "measure", lambda: Machine(100.0, 200.0))
+    monkeypatch.setattr(Machine, "measure", lambda: Machine(100.0, 200.0, 16.0))
     for module in (run, page):
         monkeypatch.setattr(module, "PARTS", (WORKS, FAILS))
     return tmp_path
