@@ -25,7 +25,7 @@ from mvar.testing.ranks import run_ranks
 
 MIB = 1 << 20
 SIZES_MIB = (1, 2, 4, 8, 16, 32, 64)
-"""Fitted: every other one. Smaller messages are latency that scheduling decides."""
+"""Fitted: every other one, from the first on. Smaller messages are latency that scheduling decides."""
 
 
 def timed(world: World, sizes: Sequence[int], rounds: int) -> list[float]:
@@ -48,10 +48,12 @@ def timed(world: World, sizes: Sequence[int], rounds: int) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=15, help="rounds of each size (default 15)")
+    arguments.add_argument("--mib", type=int, nargs="+", default=list(SIZES_MIB), help="sizes of messages, in MiB")
+    arguments.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default 2 4)")
     args = arguments.parse_args(argv)
     report = Report("collectives")
-    sizes = [size * MIB for size in SIZES_MIB]
-    for world in (2, 4):
+    sizes = [size * MIB for size in args.mib]
+    for world in args.worlds:
         with tempfile.TemporaryDirectory() as scratch:
             by_rank = run_ranks(timed, world, Path(scratch), sizes=sizes, rounds=args.rounds)
         slowest = [max(rank[i] for rank in by_rank) for i in range(len(sizes))]
@@ -60,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = {}
         for one in measured[1::2]:
             errors[one.handed // MIB] = links.collective_s("all_reduce", one.handed, 1, world) / one.seconds - 1
-        report.context[f"seconds_{world}"] = dict(zip(SIZES_MIB, slowest, strict=True))
+        report.context[f"seconds_{world}"] = dict(zip(args.mib, slowest, strict=True))
         report.context[f"errors_{world}"] = errors
         report.add(f"worst_error_{world}", max(map(abs, errors.values())), "<= 0.2")
         report.add(f"gb_s_{world}", links.inside_bytes_s / 1e9)
         report.add(f"hop_us_{world}", links.inside_hop_s * 1e6)
-    report.finish(args.json)
+    report.finish(args)
     return 0
 
 

@@ -6,7 +6,7 @@ cpu_seconds     of all its threads: what a busy machine does not change
 peak_rss_gib    most memory that the command's process held
 
 50,000 samples of 64 px against 50,000, both as .npz; the network is a stand-in that costs little and gives
-1,280 features. Smaller runs: --images, --size, --width.
+1,280 features. Smaller runs, for which the goals do not count: --images, --size, --width.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import psutil
 from benchmarks.harness import Report, parser
 from mvar.testing.extractors import write_extractor
 
+IMAGES = 50_000
 BLOCK = 1000
 GIB = 1 << 30
 
@@ -77,20 +78,21 @@ def measure(images: int, size: int, width: int, threads: int) -> Report:
         found = json.loads((root / "figures.json").read_text())
     report.context["size"] = {"images": images, "size_px": size, "features": width, "threads": threads}
     report.context["evaluated"] = found["figures"]
-    report.add("seconds", seconds, "<= 900")
+    whole = images == IMAGES
+    report.add("seconds", seconds, "<= 900" if whole else None)
     report.add("cpu_seconds", cpu_s)
-    report.add("peak_rss_gib", peak_gib, "<= 4")
+    report.add("peak_rss_gib", peak_gib, "<= 4" if whole else None)
     return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--images", type=int, default=50_000, help="pictures in each set")
+    arguments.add_argument("--images", type=int, default=IMAGES, help="pictures in each set")
     arguments.add_argument("--size", type=int, default=64, help="their side in pixels, a multiple of 8")
     arguments.add_argument("--width", type=int, default=1280, help="features of the stand-in network")
     arguments.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     args = arguments.parse_args(argv)
-    measure(args.images, args.size, args.width, args.threads).finish(args.json)
+    measure(args.images, args.size, args.width, args.threads).finish(args)
     return 0
 
 

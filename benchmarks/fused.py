@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report("fused")
     report.context |= {"images": args.images, "tokens": args.tokens, "width": args.width}
     measure(report, chains(args.images, args.tokens, args.width, device), device, args.rounds)
-    report.finish(args.json)
+    report.finish(args)
     return 0
 
 

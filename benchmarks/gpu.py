@@ -526,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compare(report)
         report.context |= {"problems": problems, "seconds": time.monotonic() - began_s}
         report.write(args.json)
-    report.finish(args.json)
+    report.finish(args)
     return 1 if problems else 0
 
 

@@ -4,33 +4,37 @@ The baseline, `recompute`, is the published algorithm on the same model and kern
 feed-forward see the new tokens, Mamba-2 sees all tokens so far (1,710 instead of 680 at 256 px; counted in operations,
 1.5 times the work). Both draw the same images; in fp32 that is checked. Weights are random, guidance is on.
 
-transformer_vs_recompute_fp32    seconds of the baseline divided by ours: transformer, guidance, filters, quantizer
-transformer_vs_recompute_bf16    the same in bf16
-end_to_end_vs_recompute_fp32     the same with the decoder to pixels (published size) on both sides
-end_to_end_vs_recompute_bf16     the same in bf16
-peak_share_bf16                  operations of the model's weights a second, divided by what torch.matmul reaches here
+Figures end with precision and batch, as in transformer_vs_recompute_bf16_b8, one for each of --precision and --batch:
+
+transformer_vs_recompute_*   seconds of the baseline divided by ours: transformer, guidance, filters, quantizer
+end_to_end_vs_recompute_*    the same with the decoder to pixels (published size) on both sides; at the smallest batch.
+                             On a CPU without 16-bit matrix instructions the decoder runs in fp32
+peak_share_*                 operations of the model's weights a second, divided by the best that this machine reaches
+                             in matrix products of that precision (`benchmarks/roofline.py`, peak)
+imgs_per_s_*                 of ours, without the decoder
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Report, parser, side_by_side, spread
-from benchmarks.roofline import matmul_gflops
+from benchmarks.harness import DTYPES, SIZES, Report, add_model, parser, precisions, side_by_side
+from benchmarks.roofline import peak
 from mvar.config import ModelConfig
 from mvar.model.block import Block
 from mvar.model.init import init_weights_
+from mvar.model.kernels.precision import product_dtype
 from mvar.model.mamba2 import Mamba2, MambaState
 from mvar.model.transformer import MVAR
 from mvar.sampling.sampler import generate, generate_latent
 from mvar.tokenizer.vqvae import VQVAE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GOALS = {"transformer_vs_recompute_fp32": ">= 1.4", "transformer_vs_recompute_bf16": ">= 1.4"}
+GOAL = ">= 1.5"
 
 
 class RecomputingMamba(nn.Module):
@@ -67,67 +71,80 @@ def flops_per_token(model: MVAR) -> int:
     return per_token
 
 
+def fresh_model(depth: int, size: str, precision: str, device: torch.device) -> MVAR:
+    """Random weights that draw codes of all kinds, stored as sampling in that precision stores them."""
+    model = MVAR(depth, patch_nums=SIZES[size])
+    init_weights_(model, 0, ModelConfig(init_gamma=0.1, init_head=1.0))
+    return model.to(device).store_matmuls_(DTYPES[precision]).eval()
+
+
+@torch.no_grad()
+def measure(report: Report, args: argparse.Namespace, precision: str, tokenizer: VQVAE, device: torch.device) -> None:
+    """Add the figures of one precision."""
+    model = fresh_model(args.depth, args.size, precision, device)
+    models = {"ours": model, "recompute": recomputing(model)}
+    gflops, way = peak(precision, device, args.rounds)
+    report.context[f"peak_{precision}"] = {"gflops": gflops, "multiplied_in": way}
+
+    decoding = product_dtype(DTYPES[precision], device)
+
+    def drawing(name: str, batch: int, decode: bool) -> Callable[[], object]:
+        labels_B = torch.arange(batch, device=device)
+
+        def run() -> object:
+            latent_BChw = generate_latent(models[name], tokenizer, labels_B, seeds=range(batch))
+            if not decode:
+                return latent_BChw
+            with torch.autocast(device.type, decoding, enabled=decoding != torch.float32):
+                return tokenizer.decode_latent(latent_BChw)
+
+        return run
+
+    if precision == "fp32":
+        require_equal_codes(report, models, tokenizer, max(args.batch), device)
+    for batch in args.batch:
+        name = f"{precision}_b{batch}"
+        seconds = side_by_side({who: drawing(who, batch, False) for who in models}, args.rounds)
+        report.compare(f"transformer_vs_recompute_{name}", seconds, "recompute", GOAL)
+        at_peak_s = 2e-9 * batch * model.pyramid.total * flops_per_token(model) / gflops
+        wanted = ">= 0.4" if precision == "bf16" and batch >= 8 else None
+        report.median(f"peak_share_{name}", [at_peak_s / own_s for own_s in seconds["ours"]], wanted)
+        report.median(f"imgs_per_s_{name}", [batch / own_s for own_s in seconds["ours"]])
+        if batch == min(args.batch):
+            seconds = side_by_side({who: drawing(who, batch, True) for who in models}, args.rounds)
+            report.compare(f"end_to_end_vs_recompute_{name}", seconds, "recompute")
+
+
+def require_equal_codes(
+    report: Report, models: dict[str, MVAR], tokenizer: VQVAE, batch: int, device: torch.device
+) -> None:
+    """Leave the program unless both draw the same images."""
+    labels_B = torch.arange(batch, device=device)
+    ours, baseline = (generate(model, tokenizer, labels_B, seeds=range(batch)) for model in models.values())
+    agreement = float((ours == baseline).double().mean())
+    report.context["codes_equal_fp32"] = agreement
+    if agreement < 0.99:
+        raise SystemExit(f"ours and the baseline draw different images: only {agreement:.1%} of the codes agree")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
-    options.add_argument("--depth", type=int, default=12, help="depth of the model (default 12)")
-    options.add_argument("--batch", type=int, default=4, help="images drawn together (default 4)")
-    options.add_argument("--runs", type=int, default=3, help="rounds after the warm-up (default 3)")
+    add_model(options, batch=(1, 2, 8))
     options.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     options.add_argument("--decoder-channels", type=int, default=160, help="width of the decoder (default 160)")
-    options.add_argument("--precision", choices=[*DTYPES, "both"], default="both", help="arithmetic (default both)")
     args = options.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report("sample")
-    report.context |= {"depth": args.depth, "batch": args.batch, "decoder_channels": args.decoder_channels}
-    for precision in DTYPES if args.precision == "both" else (args.precision,):
-        measure(report, precision, args.depth, args.batch, args.runs, args.decoder_channels, device)
-    report.finish(args.json)
-    return 0
-
-
-@torch.no_grad()
-def measure(
-    report: Report, precision: str, depth: int, batch: int, runs: int, decoder_channels: int, device: torch.device
-) -> None:
-    """Add the figures of one precision."""
-    dtype = DTYPES[precision]
-    model = MVAR(depth)
-    init_weights_(model, 0, ModelConfig(init_gamma=0.1, init_head=1.0))
-    model.to(device).store_matmuls_(dtype).eval()
     torch.manual_seed(0)
-    tokenizer = VQVAE(decoder_channels).eval().to(device)
+    tokenizer = VQVAE(args.decoder_channels, patch_nums=SIZES[args.size]).eval().to(device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    models = {"ours": model, "recompute": recomputing(model)}
-    labels_B = torch.arange(batch, device=device)
-
-    if precision == "fp32":
-        ours, baseline = (generate(models[name], tokenizer, labels_B, seeds=range(batch)) for name in models)
-        agreement = float((ours == baseline).double().mean())
-        report.context["codes_equal_fp32"] = agreement
-        if agreement < 0.99:
-            raise SystemExit(f"ours and the baseline draw different images: only {agreement:.1%} of the codes agree")
-
-    def sampling(name: str, decode: bool) -> Callable[[], object]:
-        def run() -> object:
-            latent_BChw = generate_latent(models[name], tokenizer, labels_B, seeds=range(batch))
-            if not decode:
-                return latent_BChw
-            with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-                return tokenizer.decode_latent(latent_BChw)
-
-        return run
-
-    for key, decode in (("transformer_vs_recompute", False), ("end_to_end_vs_recompute", True)):
-        seconds = side_by_side({name: sampling(name, decode) for name in models}, rounds=runs)
-        ratio = statistics.median(seconds["recompute"]) / statistics.median(seconds["ours"])
-        how = {f"{name}_s": spread(values) for name, values in seconds.items()}
-        name = f"{key}_{precision}"
-        report.add(name, ratio, goal=GOALS.get(name), how=how)
-        if precision == "bf16" and not decode:
-            gflops = 2e-9 * batch * model.pyramid.total * flops_per_token(model) / min(seconds["ours"])
-            report.add("peak_share_bf16", gflops / matmul_gflops(dtype, device))
+    for precision in precisions(args.precision):
+        measure(report, args, precision, tokenizer, device)
+        gc.collect()
+    report.finish(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How cost grows: time with the number of tokens, and bytes sent with the number of ranks, against their theories.
 
+exponent_step          slope of log(seconds) over log(tokens) of a model's forward and backward pass, depth 4
 exponent_tokens        slope of log(seconds) over log(tokens) of a block's token mixing, forward and backward: attention
                        inside each scale, then Mamba-2; 1 is linear
 exponent_tokens_dense  the same for attention over all tokens at once
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from benchmarks.harness import Report, parser, side_by_side
 from mvar.config import TrainConfig
 from mvar.model.attention import ScaleAttention
 from mvar.model.mamba2 import Mamba2
+from mvar.model.token_loss import TokenLosses
+from mvar.model.transformer import MVAR
 from mvar.plan.links import Kind
 from mvar.plan.memory import Setup, model_state
 from mvar.plan.sizes import Sizes
@@ -34,27 +37,35 @@ from mvar.testing.engine_bytes import measure
 from mvar.testing.ranks import run_ranks
 from mvar.testing.tiny_runs import settings
 
-PYRAMIDS = (PATCH_NUMS_256, PATCH_NUMS_512, (*PATCH_NUMS_512, 48))
-WIDTH = 256
+Pyramids = Sequence[tuple[int, ...]]
+PYRAMIDS: Pyramids = (PATCH_NUMS_256, PATCH_NUMS_512, (*PATCH_NUMS_512, 48))
+TINY: Pyramids = ((1, 2), (1, 2, 3), (1, 2, 3, 4))
+DEPTH = 4
+WIDTH = 64 * DEPTH
 BUCKET = 1_000_000
 
 
-def slope(points: dict[int, float]) -> float:
+def slope(points: Mapping[int, float]) -> float:
     """Least-squares slope of log(value) over log(key)."""
     xs, ys = [math.log(key) for key in points], [math.log(value) for value in points.values()]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)
 
 
-def exponents(rounds: int) -> tuple[float, float]:
-    """Of our token mixing and of dense attention."""
+def exponents(pyramids: Pyramids, rounds: int) -> dict[str, list[float]]:
+    """Of a model's forward and backward pass ("step"), of its token mixing, and of dense attention; of each round."""
     attention, mamba = ScaleAttention(WIDTH, WIDTH // 64), Mamba2(WIDTH)
-    ours: dict[int, float] = {}
-    dense: dict[int, float] = {}
-    for sides in PYRAMIDS:
+    points: dict[str, dict[int, list[float]]] = {"step": {}, "tokens": {}, "tokens_dense": {}}
+    for sides in pyramids:
         lengths = tuple(side * side for side in sides)
         tokens = sum(lengths)
         x_BLC = torch.randn(1, tokens, WIDTH, requires_grad=True)
+        model = MVAR(DEPTH, patch_nums=sides)
+        codes_BL = torch.randint(model.vocab_size, (1, tokens))
+        inputs_BLC = torch.randn(1, tokens - 1, model.latent_channels)
+
+        def step(model: MVAR = model, x: Tensor = inputs_BLC, codes: Tensor = codes_BL) -> None:
+            TokenLosses(*model(torch.tensor([0]), x, codes_BL=codes)).loss_BL.mean().backward()
 
         def both(x: Tensor = x_BLC, lengths: tuple[int, ...] = lengths) -> None:
             mamba(attention(x, lengths)).sum().backward()
@@ -62,10 +73,13 @@ def exponents(rounds: int) -> tuple[float, float]:
         def whole(x: Tensor = x_BLC, tokens: int = tokens) -> None:
             attention(x, (tokens,)).sum().backward()
 
-        contestants: dict[str, Callable[[], object]] = {"ours": both, "dense": whole}
-        seconds = side_by_side(contestants, rounds)
-        ours[tokens], dense[tokens] = min(seconds["ours"]), min(seconds["dense"])
-    return slope(ours), slope(dense)
+        contestants: dict[str, Callable[[], object]] = {"step": step, "tokens": both, "tokens_dense": whole}
+        for name, taken in side_by_side(contestants, rounds).items():
+            points[name][tokens] = taken
+    return {
+        name: [slope({tokens: taken[i] for tokens, taken in own.items()}) for i in range(rounds)]
+        for name, own in points.items()
+    }
 
 
 def planned(tree: TrainConfig, world: int) -> tuple[Sizes, Setup]:
@@ -123,14 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--world", type=int, default=2, help="ranks of the messages (default 2)")
     arguments.add_argument("--precision", default="bf16", help="of the weights: bf16 or fp32 (default bf16)")
-    arguments.add_argument("--rounds", type=int, default=3, help="rounds of each timing (default 3)")
+    arguments.add_argument("--rounds", type=int, default=5, help="rounds of each timing (default 5)")
+    arguments.add_argument("--tiny", action="store_true", help="a few tokens, for tests")
     args = arguments.parse_args(argv)
     report = Report("scaling")
-    ours, dense = exponents(args.rounds)
-    report.add("exponent_tokens", ours)
-    report.add("exponent_tokens_dense", dense)
+    for name, exponent in exponents(TINY if args.tiny else PYRAMIDS, args.rounds).items():
+        report.median(f"exponent_{name}", exponent, "<= 1.05" if name == "step" else None)
     bytes_of_stages(report, args.world, args.precision)
-    report.finish(args.json)
+    report.finish(args)
     return 0
 
 

@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--views", type=int, default=1, help="views of each")
     arguments.add_argument("--rounds", type=int, default=5, help="rounds that are counted")
     args = arguments.parse_args(argv)
-    measure(args.samples, args.views, args.rounds).finish(args.json)
+    measure(args.samples, args.views, args.rounds).finish(args)
     return 0
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.harness import Report, parser, seconds_of, spread
+from benchmarks.harness import DTYPES, Report, parser, precisions, seconds_of, spread
 from data_prep.calibrate import Calibration
 from data_prep.job import TokenizeConfig, TokenizeJob
 from data_prep.tokenize import tokenize
@@ -40,6 +40,8 @@ from mvar.tokenizer.files import load_tokenizer, save_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
 VOCAB = 4096
+GOALS = {"fp32": ">= 1.3", "bf16": ">= 5"}
+BUSY = {"fp32": "encoder_busy", "bf16": "encoder_busy_bf16"}
 
 
 def make_images(folder: Path, count: int) -> ImageFolder:
@@ -86,7 +88,7 @@ def loop_seconds(images: ImageFolder, tokenizer: Path, count: int, batch: int, t
     return seconds_of(run)
 
 
-def measure(count: int, batch: int, channels: int, rounds: int, threads: int | None) -> Report:
+def measure(count: int, batch: int, channels: int, rounds: int, threads: int | None, wanted: Sequence[str]) -> Report:
     report = Report("tokenize")
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(1, mp_context=spawn) as elsewhere:
@@ -110,20 +112,20 @@ def measure(count: int, batch: int, channels: int, rounds: int, threads: int | N
             busy[precision].append(outcome.busy_share)
             return outcome.images / outcome.seconds
 
-        rates: dict[str, list[float]] = {"loop": [], "fp32": [], "bf16": []}
+        rates: dict[str, list[float]] = {name: [] for name in ("loop", *wanted)}
         for number in range(rounds + 1):  # They take turns; the first round warms up.
             for name, own in rates.items():
                 own.append(loop() if name == "loop" else ours(name, number))
         rates = {name: own[1:] for name, own in rates.items()}
-        calibration = Calibration.read(root / "bf16-0", TokenizeJob.read(root / "bf16-0").sha256)
-        assert calibration is not None, "tokenize has just written it"
+        if "bf16" in wanted:
+            calibration = Calibration.read(root / "bf16-0", TokenizeJob.read(root / "bf16-0").sha256)
+            assert calibration is not None, "tokenize has just written it"
+            report.add("code_agreement_bf16", calibration.agreement)
     report.context["size"] = {"images": count, "batch": batch, "channels": channels}
-    for name, goal in (("fp32", ">= 1.3"), ("bf16", ">= 5")):
+    for name in wanted:
         ratios = [mine / other for mine, other in zip(rates[name], rates["loop"], strict=True)]
-        report.add(f"{name}_vs_loop", statistics.median(ratios), goal, spread(ratios))
-    report.add("encoder_busy", statistics.median(busy["fp32"][1:]), ">= 0.95", spread(busy["fp32"][1:]))
-    report.add("encoder_busy_bf16", statistics.median(busy["bf16"][1:]), ">= 0.95", spread(busy["bf16"][1:]))
-    report.add("code_agreement_bf16", calibration.agreement)
+        report.add(f"{name}_vs_loop", statistics.median(ratios), GOALS[name], spread(ratios))
+        report.add(BUSY[name], statistics.median(busy[name][1:]), ">= 0.95", spread(busy[name][1:]))
     for name, own in rates.items():
         report.add(f"{name}_imgs_per_s", statistics.median(own), None, spread(own))
     return report
@@ -134,10 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--images", type=int, default=24, help="images tokenized in a round")
     arguments.add_argument("--batch", type=int, default=4, help="images encoded at once, by all alike")
     arguments.add_argument("--channels", type=int, default=160, help="width of the tokenizer; 160: as published")
-    arguments.add_argument("--rounds", type=int, default=3, help="rounds that are counted")
+    arguments.add_argument("--rounds", type=int, default=5, help="rounds that are counted")
     arguments.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    arguments.add_argument("--precision", choices=[*DTYPES, "both"], default="both", help="of ours; the loop is fp32")
     args = arguments.parse_args(argv)
-    measure(args.images, args.batch, args.channels, args.rounds, args.threads).finish(args.json)
+    chosen = precisions(args.precision)
+    measure(args.images, args.batch, args.channels, args.rounds, args.threads, chosen).finish(args)
     return 0
 
 

@@ -113,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--images", type=Path, help="folder of class folders; default: some are made up")
     arguments.add_argument("--out", type=Path, help="folder for the three stores; default: a temporary one")
     arguments.add_argument("--tokenizer", type=Path, help="tokenizer file; default: one is made")
+    arguments.add_argument("--channels", type=int, default=160, help="width of the tokenizer that is made")
+    arguments.add_argument("--made", type=int, default=24, help="images that are made up")
     arguments.add_argument("--tasks", type=int, default=4, help="tasks of the second and third job")
     arguments.add_argument("--kills", type=int, default=5, help="kills during the third job")
     arguments.add_argument("--pause", type=float, default=4, help="mean seconds between two kills")
@@ -120,14 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         out, keys = args.out or Path(scratch), args.keys
-        images = ImageFolder(args.images) if args.images else make_images(Path(scratch) / "images", 24)
+        images = ImageFolder(args.images) if args.images else make_images(Path(scratch) / "images", args.made)
         if not args.images:
             keys = ["shard_samples=2", *keys]
         tokenizer = args.tokenizer or out / "tokenizer.safetensors"
         if not tokenizer.exists():
-            make_tokenizer(tokenizer, 160, images)
+            make_tokenizer(tokenizer, args.channels, images)
         report = measure(images.root, tokenizer, out, args.tasks, args.kills, args.pause, keys)
-    report.finish(args.json)
+    report.finish(args)
     return 0
 
 
