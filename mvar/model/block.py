@@ -5,6 +5,8 @@ Shapes: B batch, L tokens, C width, G = 3 residual branches.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,20 @@ BRANCHES = 3
 """Residual branches of a block, in order: attention, Mamba-2, feed-forward."""
 VECTORS = 3 * BRANCHES
 """Conditioning vectors of a block: gates 1-3, scales 1-3, shifts 1-3."""
+
+
+@dataclass
+class BlockState:
+    """What a block remembers between the scales of an image."""
+
+    mamba: MambaState = field(default_factory=MambaState)
+    vectors_B9C: Tensor | None = None
+    """Conditioning: it depends on the class alone, so that one scale's serves the others."""
+
+    def keep_first(self, count: int) -> None:
+        """Forget all but the first `count` images of the batch."""
+        self.mamba.keep_first(count)
+        self.vectors_B9C = None if self.vectors_B9C is None else self.vectors_B9C[:count]
 
 
 class FeedForward(nn.Module):
@@ -67,25 +83,30 @@ class Block(nn.Module):
         lengths: tuple[int, ...],
         dtype: torch.dtype,
         drop_path_GB: Tensor | None = None,
-        state: MambaState | None = None,
+        state: BlockState | None = None,
     ) -> Tensor:
         """(B, L, C) wide -> the same.
 
         `cond`: the class vector (B, C), or with shared conditioning the nine shared vectors (B, 9, C).
         `lengths`: tokens of each scale that x holds. `dtype`: the compute dtype. `drop_path_GB`: multipliers of the
-        branches' output.
+        branches' output. `state`: of the scales before x, with the same `cond`.
         """
-        if self.shared_conditioning:
-            vectors_B9C = cond + self.ada_gss.to(cond.dtype).squeeze(0)
-        else:
-            vectors_B9C = project(self.ada_lin, cond, VECTORS, dtype)
-        vectors_B9C = vectors_B9C.to(wide(x_BLC.dtype))
+        vectors_B9C = None if state is None else state.vectors_B9C
+        if vectors_B9C is None:
+            vectors_B9C = self._condition(cond, dtype).to(wide(x_BLC.dtype))
+        if state is not None:
+            state.vectors_B9C = vectors_B9C
         gates_GBC, scales_GBC, shifts_GBC = (part.unbind(1) for part in vectors_B9C.chunk(3, dim=1))
         if drop_path_GB is not None:
             gates_GBC = tuple(g * kept.to(g).unsqueeze(-1) for g, kept in zip(gates_GBC, drop_path_GB, strict=True))
         x_BLC, h_BLC = self.norms.first(x_BLC, scales_GBC[0], shifts_GBC[0], dtype)
         out_BLC = self.attn(h_BLC, lengths)
         x_BLC, h_BLC = self.norms.after(x_BLC, out_BLC, gates_GBC[0], scales_GBC[1], shifts_GBC[1], dtype)
-        out_BLC = self.mamba(h_BLC, state)
+        out_BLC = self.mamba(h_BLC, None if state is None else state.mamba)
         x_BLC, h_BLC = self.norms.after(x_BLC, out_BLC, gates_GBC[1], scales_GBC[2], shifts_GBC[2], dtype)
         return fused.residual(x_BLC, self.ffn(h_BLC), gates_GBC[2])
+
+    def _condition(self, cond: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.shared_conditioning:
+            return cond + self.ada_gss.to(cond.dtype).squeeze(0)
+        return project(self.ada_lin, cond, VECTORS, dtype)

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from mvar.config import ActivationCheckpointing, AttentionBackend, MambaBackend, ModelConfig, NormBackend
 from mvar.errors import ConfigError
 from mvar.model.attention import ScaleAttention
-from mvar.model.block import VECTORS, Block
+from mvar.model.block import VECTORS, Block, BlockState
 from mvar.model.conditioning import ConditionedNorm, project, projection
 from mvar.model.kernels.precision import Linear, WideEmbedding, WideLinear, compute_dtype
-from mvar.model.mamba2 import HEAD_WIDTH, MambaState
+from mvar.model.mamba2 import HEAD_WIDTH
 from mvar.model.recompute import keeping_linears, recomputes
 from mvar.model.token_loss import token_losses
 from mvar.pretrained import Pretrained
@@ -29,9 +29,9 @@ from mvar.scales import PATCH_NUMS_256, ScalePyramid
 
 @dataclass
 class DecodeState:
-    """What the model remembers between scales: one Mamba state for each block. There is nothing else to keep."""
+    """What the model remembers between scales, block by block: Mamba's state and the conditioning."""
 
-    blocks: list[MambaState] = field(default_factory=list)
+    blocks: list[BlockState] = field(default_factory=list)
     next_scale: int = 0
 
     def keep_first(self, count: int) -> None:
@@ -133,8 +133,8 @@ class MVAR(nn.Module, Pretrained):
         `labels_B`: int64 classes; num_classes stands for "no class". `x_BLC`: (B, L, latent_channels) inputs of the
         tokens of `scales`, where the coarsest scale has none (None will do when it is alone). `drop_path_DGB`: (depth,
         3, B) multipliers of the residual branches. Without `state`, `scales` is the whole pyramid. With a fresh
-        DecodeState the scales may be given a few at a time, in order; each call leaves the state for the next. Losses:
-        the fields of `TokenLosses`, each (B, L), computed without all logits at once.
+        DecodeState the scales may be given a few at a time, in order, with the same labels; each call leaves the state
+        for the next. Losses: the fields of `TokenLosses`, each (B, L), computed without all logits at once.
         """
         features_BLC = self.features(labels_B, x_BLC, drop_path_DGB=drop_path_DGB, state=state, scales=scales)
         if codes_BL is not None:
@@ -195,7 +195,7 @@ class MVAR(nn.Module, Pretrained):
         if scales.start != first or not first < scales.stop <= last or scales.step != 1:
             raise ValueError(f"scales: got {scales}, expected a range that begins at {first} and ends by {last}")
         if state is not None and not state.blocks:
-            state.blocks = [MambaState() for _ in self.blocks]
+            state.blocks = [BlockState() for _ in self.blocks]
         return scales
 
     def _embed(self, cond_BC: Tensor, x_BLC: Tensor | None, scales: range) -> Tensor:

@@ -182,6 +182,23 @@ def test_a_few_scales_at_a_time_equal_the_whole_pass(steps: tuple[int, ...], sha
     assert state.next_scale == 4
 
 
+def test_an_image_is_conditioned_once_and_dropping_half_of_a_batch_keeps_the_first_half() -> None:
+    model = small().double().eval()
+    calls: list[int] = []
+    for block in model.blocks:
+        block.ada_lin.register_forward_hook(lambda *_: calls.append(1))
+    labels_B, x_BLC = batch_of(model, dtype=torch.float64)
+    whole_BLV = model(labels_B, x_BLC)
+    calls.clear()
+    state, lengths = DecodeState(), model.pyramid.lengths
+    model(labels_B, x_BLC[:, : lengths[1]], state=state, scales=range(2))
+    state.keep_first(1)
+    end = sum(lengths[:3])
+    third_BLV = model(labels_B[:1], x_BLC[:1, end - lengths[2] - 1 : end - 1], state=state, scales=range(2, 3))
+    assert len(calls) == model.depth
+    torch.testing.assert_close(third_BLV, whole_BLV[:1, end - lengths[2] : end], rtol=0, atol=1e-12)
+
+
 def test_train_and_eval_mode_compute_the_same() -> None:
     model = small()
     labels_B, x_BLC = batch_of(model)
