@@ -126,6 +126,7 @@ class Engine:
         self._engine, client = self._initialize(tree)
         self._optimizer = client
         self.partition = Partition(self._engine, client, ema=config.optim.ema_decay > 0)
+        shorten(self._engine.optimizer)
         self._scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None) if _is_fp16(config) else None
         modules: Any = self._engine.module.named_modules()
         self._mixers = {name: module for name, module in modules if isinstance(module, Mamba2)}
@@ -148,7 +149,6 @@ class Engine:
             model = build_model(self.config, self._model_config)
         client = make_optimizer(parameter_groups(model), self.config.optim, self.plan.peak_lr, devices)
         engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=tree)
-        shorten(engine.optimizer)
         return engine, client
 
     @property
