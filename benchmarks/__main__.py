@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from benchmarks import page
 from benchmarks.harness import HERE, RESULTS, Report, parser
-from benchmarks.parts import LIMIT_MINUTES, PARTS, Machine, allotted
+from benchmarks.parts import LIMIT_MINUTES, PARTS, PLANNED_MINUTES, Machine, allotted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} (default: all)")
     options.add_argument("--depth", type=int, help="of the models (default: what fits into the time)")
+    planned = f"that the models' depths are chosen for (default {PLANNED_MINUTES:g})"
+    options.add_argument("--minutes", type=float, default=PLANNED_MINUTES, help=planned)
     options.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     args = options.parse_args(argv)
     unknown = set(args.names) - set(known)
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, part in enumerate(chosen):
         has_depth = part.sizes[0][0].startswith("--depth")
         size = f"--depth {args.depth}" if args.depth and has_depth else None
-        minutes = part.minutes if args.names else allotted(chosen[number:], (time.monotonic() - began_s) / 60)
+        elapsed_minutes = (time.monotonic() - began_s) / 60
+        minutes = part.minutes if args.names else allotted(chosen[number:], elapsed_minutes, args.minutes)
         words = part.command(machine, minutes, size)
         commands[part.name] = " ".join(words)
         print(f"\n=== {part.name}: python -m {commands[part.name]}", flush=True)

@@ -105,6 +105,6 @@ TFLOP; a third of it for a forward pass, two for an image with guidance), times 
 both precisions."""
 
 
-def allotted(left: Sequence[Part], elapsed_minutes: float) -> float:
+def allotted(left: Sequence[Part], elapsed_minutes: float, planned_minutes: float = PLANNED_MINUTES) -> float:
     """Minutes for the first of the parts that are left of a whole run, which began so long ago."""
-    return (PLANNED_MINUTES - elapsed_minutes) * left[0].minutes / sum(part.minutes for part in left)
+    return (planned_minutes - elapsed_minutes) * left[0].minutes / sum(part.minutes for part in left)

@@ -87,7 +87,7 @@ class Request:
     def decided_precision(self) -> SamplePrecision:
         """Raises BackendError."""
         chosen = choose(self.precision, self.device, self.source.trained)
-        if self.precision == "auto":
+        if self.precision == "auto" or chosen.slow:
             tell([chosen])
         return cast(SamplePrecision, chosen.way)
 

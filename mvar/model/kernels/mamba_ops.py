@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvar.model.kernels.blocking import tiles
-from mvar.model.kernels.precision import wide
+from mvar.model.kernels.precision import product_dtype, wide
 
 
 def causal_conv(x_BLK: Tensor, tail_BVK: Tensor | None, weight_KW: Tensor, bias_K: Tensor) -> Tensor:
@@ -34,7 +34,8 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLK: Tensor, tail_BVK: Tensor | None, weight_KW: Tensor, bias_K: Tensor) -> Tensor:
         ctx.save_for_backward(x_BLK, tail_BVK, weight_KW, bias_K)
-        return F.silu(_depthwise(_prefixed(x_BLK, tail_BVK, weight_KW), weight_KW, bias_K), inplace=True)
+        long_BLK = _prefixed(x_BLK, tail_BVK, weight_KW)
+        return F.silu(_depthwise(long_BLK, weight_KW, bias_K), inplace=True).to(x_BLK.dtype)
 
     @staticmethod
     @once_differentiable
@@ -43,7 +44,7 @@ class _CausalConv(torch.autograd.Function):
         length, rows_before = x_BLK.shape[1], weight_KW.shape[1] - 1
         long_BLK = _prefixed(x_BLK, tail_BVK, weight_KW)
         pre_BLK = _depthwise(long_BLK, weight_KW, bias_K)
-        dpre_BLK = torch.ops.aten.silu_backward(dout_BLK, pre_BLK)
+        dpre_BLK = torch.ops.aten.silu_backward(dout_BLK.to(pre_BLK.dtype), pre_BLK)
         dlong_BLK = _depthwise(dpre_BLK, weight_KW.flip(1), None, pad=rows_before)
         dweight_WK = torch.zeros_like(weight_KW.t(), dtype=wide(weight_KW.dtype))
         dbias_K = torch.zeros_like(bias_K, dtype=wide(bias_K.dtype))
@@ -54,10 +55,13 @@ class _CausalConv(torch.autograd.Function):
                 seen = long_BLK[images, tokens.start + tap : tokens.stop + tap]
                 dweight_WK[tap] += (dpre * seen).sum((0, 1), dtype=dweight_WK.dtype)
         dtail_BVK = None if tail_BVK is None else dlong_BLK[:, :rows_before].to(tail_BVK.dtype)
-        return dlong_BLK[:, rows_before:], dtail_BVK, dweight_WK.t().to(weight_KW.dtype), dbias_K.to(bias_K.dtype)
+        dx_BLK = dlong_BLK[:, rows_before:].to(x_BLK.dtype)
+        return dx_BLK, dtail_BVK, dweight_WK.t().to(weight_KW.dtype), dbias_K.to(bias_K.dtype)
 
 
 def _prefixed(x_BLK: Tensor, tail_BVK: Tensor | None, weight_KW: Tensor) -> Tensor:
+    """In the dtype to convolve in."""
+    x_BLK = x_BLK.to(product_dtype(x_BLK.dtype, x_BLK.device))
     if tail_BVK is None:
         return F.pad(x_BLK, (0, 0, weight_KW.shape[1] - 1, 0))
     return torch.cat((tail_BVK.to(x_BLK.dtype), x_BLK), dim=1)

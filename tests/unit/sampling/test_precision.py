@@ -47,6 +47,17 @@ def test_the_default_on_gpus_is_what_the_weights_were_trained_in(
     assert choose("fp16", CPU, trained).way == "fp16"
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bf16_that_a_cpu_has_no_instructions_for_is_said_to_be_slow(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr("mvar.model.kernels.precision._cpu_multiplies", lambda _dtype: has_bf16)
+    chosen = choose("bf16", CPU, None)
+    assert chosen.way == "bf16" and chosen.slow is not has_bf16
+    assert ("fp32 is faster" in chosen.reason) is not has_bf16
+    assert not choose("fp32", CPU, None).slow
+
+
 def test_tf32_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="needs an NVIDIA GPU"):
         choose("tf32", CPU, None)
