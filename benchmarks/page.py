@@ -191,6 +191,7 @@ def draw(folder: Path) -> None:
     axes.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.set_title("Medians, least to largest. Bar: goal. Green: met, red: not met, gray: no goal", fontsize=9)
