@@ -16,17 +16,15 @@ sampling_s_*, var_sampling_s_*   seconds of drawing the batch
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks.checkpoint import Run
-from benchmarks.harness import DTYPES, SIZES, Report, add_model, parser, precisions, side_by_side
+from benchmarks.harness import DTYPES, SIZES, Report, add_model, parser, side_by_side
 from benchmarks.plain import Loop
 from benchmarks.sample import fresh_model
-from benchmarks.train_step import configuration
+from benchmarks.train_step import configurations
 from benchmarks.var import VAR, draw_latent
 from mvar.config import TrainConfig
 from mvar.run import world as worlds
@@ -87,16 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse_args(argv)
     report = Report(f"against_var_{args.size}", context={"var_depth": deeper(args.depth)})
     world = worlds.start()
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in precisions(args.precision):
-            for batch in args.batch:
-                where = (precision, batch, args.size)
-                config = configuration(Path(folder), args.depth, batch, precision, args.size)
-                add(report, where, "tokens", "step", training(config, world, args.rounds))
-                gc.collect()
-                drawn = sampling(args.depth, args.size, precision, batch, args.rounds, world.device)
-                add(report, where, "transformer", "sampling", drawn)
-                gc.collect()
+    for config in configurations(args):
+        precision, batch = config.engine.precision, config.global_batch
+        where = (precision, batch, args.size)
+        add(report, where, "tokens", "step", training(config, world, args.rounds))
+        gc.collect()
+        drawn = sampling(args.depth, args.size, precision, batch, args.rounds, world.device)
+        add(report, where, "transformer", "sampling", drawn)
     worlds.finish()
     report.finish(args)
     return 0

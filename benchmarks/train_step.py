@@ -16,9 +16,10 @@ memory_vs_plan_fp32_*  bytes kept for the backward pass (GPU: peak of the step) 
 
 from __future__ import annotations
 
+import argparse
 import gc
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def configuration(folder: Path, depth: int, batch: int, precision: str, size: st
             "engine": {"precision": precision, "ds_config": "ds_configs/zero2.json"},
         }
     )
+
+
+def configurations(args: argparse.Namespace) -> Iterator[TrainConfig]:
+    """One for each precision and batch of the command line (`add_model`). What the one before held is freed first."""
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in precisions(args.precision):
+            for batch in args.batch:
+                yield configuration(Path(folder), args.depth, batch, precision, args.size)
+                gc.collect()
 
 
 def measure(report: Report, config: TrainConfig, world: World, rounds: int, peak_gflops: float) -> None:
@@ -110,14 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse_args(argv)
     report = Report("train_step")
     world = worlds.start()
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in precisions(args.precision):
+    for config in configurations(args):
+        precision = config.engine.precision
+        if f"peak_{precision}" not in report.context:
             gflops, way = peak(precision, world.device, args.rounds)
             report.context[f"peak_{precision}"] = {"gflops": gflops, "multiplied_in": way}
-            for batch in args.batch:
-                config = configuration(Path(folder), args.depth, batch, precision, args.size)
-                measure(report, config, world, args.rounds, gflops)
-                gc.collect()
+        measure(report, config, world, args.rounds, report.context[f"peak_{precision}"]["gflops"])
     worlds.finish()
     report.finish(args)
     return 0
