@@ -3,7 +3,8 @@
 VAR (`benchmarks/var.py`, written from its paper) attends over all coarser scales, has no Mamba, and is 64 x its own
 depth wide. It trains in a plain loop, under autocast in bf16, with clipping and torch's fused AdamW; it samples with a
 key-value cache, with the same guidance, filters, random numbers and quantizer. Ours: a step of the engine with ZeRO 2,
-and `mvar.sampling`. Weights are random. Both take turns.
+and `mvar.sampling`. Chains of our step are compiled whatever the depth, as `engine.compile=auto` has it for large
+models. Weights are random. Both take turns.
 
 Figures end with precision and batch, as in tokens_vs_var_bf16_b4, one for each of --precision and --batch:
 
@@ -24,9 +25,10 @@ from benchmarks.checkpoint import Run
 from benchmarks.harness import DTYPES, SIZES, Report, add_model, parser, side_by_side
 from benchmarks.plain import Loop
 from benchmarks.sample import fresh_model
-from benchmarks.train_step import configurations
+from benchmarks.train_step import add_compile, configurations
 from benchmarks.var import VAR, draw_latent
 from mvar.config import TrainConfig
+from mvar.model.kernels import fused
 from mvar.run import world as worlds
 from mvar.run.world import World
 from mvar.sampling.sampler import generate_latent
@@ -66,7 +68,8 @@ def training(config: TrainConfig, world: World, rounds: int) -> dict[str, list[f
 def sampling(
     depth: int, size: str, precision: str, batch: int, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of drawing a batch of both."""
+    """Seconds of drawing a batch of both, ours as `mvar sample` draws many."""
+    fused.switch(device.type == "cuda")
     ours = fresh_model(depth, size, precision, device)
     torch.manual_seed(0)
     var = VAR(deeper(depth), patch_nums=SIZES[size]).to(device, DTYPES[precision]).eval()
@@ -82,6 +85,7 @@ def sampling(
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     add_model(options, batch=(4,))
+    add_compile(options)
     args = options.parse_args(argv)
     report = Report(f"against_var_{args.size}", context={"var_depth": deeper(args.depth)})
     world = worlds.start()

@@ -159,6 +159,19 @@ def section(result: Result) -> Iterator[str]:
         between = " to ".join(map(number, row.spread)) if row.spread else ""
         rounds = row.how.get("rounds", "")
         yield f"| {row.key} | {number(row.value)} | {between} | {rounds} | {row.goal or ''} | {row.verdict} |"
+    yield from by_scale(context)
+
+
+def by_scale(context: dict[str, Any]) -> Iterator[str]:
+    """A table of milliseconds, if the result has them: contestants by scales."""
+    if "by_scale_ms" not in context:
+        return
+    sides = [f"{side}x{side}" for side in context["sides"]]
+    yield ""
+    yield f"| milliseconds by scale | {' | '.join(sides)} | sum |"
+    yield f"|---|{'---|' * (len(sides) + 1)}"
+    for name, own_ms in context["by_scale_ms"].items():
+        yield f"| {name} | {' | '.join(map(number, [*own_ms, sum(own_ms)]))} |"
 
 
 def number(value: float) -> str:

@@ -12,26 +12,32 @@ end_to_end_vs_recompute_*    the same with the decoder to pixels (published size
 peak_share_*                 operations of the model's weights a second, divided by the best that this machine reaches
                              in matrix products of that precision (`benchmarks/roofline.py`, peak)
 imgs_per_s_*                 of ours, without the decoder
+
+A table of milliseconds by scale follows, of ours, guidance, filters and quantizer included.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import DTYPES, SIZES, Report, add_model, parser, precisions, side_by_side
+from benchmarks.harness import DTYPES, SIZES, Report, add_model, parser, precisions, seconds_of, side_by_side
+from benchmarks.page import by_scale
 from benchmarks.roofline import peak
 from mvar.config import ModelConfig
+from mvar.machine.allocator import keep_freed_memory
 from mvar.model.block import Block
 from mvar.model.init import init_weights_
 from mvar.model.kernels.precision import product_dtype
 from mvar.model.mamba2 import Mamba2, MambaState
 from mvar.model.transformer import MVAR
-from mvar.sampling.sampler import generate, generate_latent
+from mvar.sampling.sampler import generate, generate_latent, generate_scales
 from mvar.tokenizer.vqvae import VQVAE
 
 GOAL = ">= 1.5"
@@ -110,9 +116,20 @@ def measure(report: Report, args: argparse.Namespace, precision: str, tokenizer:
         wanted = ">= 0.4" if precision == "bf16" and batch >= 8 else None
         report.median(f"peak_share_{name}", [at_peak_s / own_s for own_s in seconds["ours"]], wanted)
         report.median(f"imgs_per_s_{name}", [batch / own_s for own_s in seconds["ours"]])
+        by_scale_ms = milliseconds_by_scale(model, tokenizer, torch.arange(batch, device=device), args.rounds)
+        report.context["by_scale_ms"][name] = by_scale_ms
         if batch == min(args.batch):
             seconds = side_by_side({who: drawing(who, batch, True) for who in models}, args.rounds)
             report.compare(f"end_to_end_vs_recompute_{name}", seconds, "recompute")
+
+
+def milliseconds_by_scale(model: MVAR, tokenizer: VQVAE, labels_B: Tensor, rounds: int) -> list[float]:
+    """Coarse to fine, medians of the rounds."""
+    taken_ms: list[list[float]] = []
+    for _ in range(rounds):
+        steps = generate_scales(model, tokenizer, labels_B)
+        taken_ms.append([1e3 * seconds_of(partial(next, steps)) for _ in model.pyramid.patch_nums])
+    return [statistics.median(of_scale) for of_scale in zip(*taken_ms, strict=True)]
 
 
 def require_equal_codes(
@@ -136,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     report = Report("sample")
+    report.context["sides"], report.context["by_scale_ms"] = list(SIZES[args.size]), {}
     torch.manual_seed(0)
     tokenizer = VQVAE(args.decoder_channels, patch_nums=SIZES[args.size]).eval().to(device)
     tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -144,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(report, args, precision, tokenizer, device)
         gc.collect()
     report.finish(args)
+    print("\n".join(by_scale(report.context)))
     return 0
 
 

@@ -4,6 +4,7 @@ The baseline (`benchmarks/plain.py`) has the same weights, linear layers, dtypes
 default AdamW. Ours is a step of the engine as `mvar train` takes it, on one process with ZeRO 2. In fp32 both begin
 with the same loss, which is checked.
 
+Chains between matrix products are compiled, as `engine.compile=auto` has it for large models, whatever the depth here.
 Figures end with precision and batch, as in tokens_vs_baseline_bf16_b8, one for each of --precision and --batch:
 
 tokens_vs_baseline_*   tokens a second of ours divided by the baseline's; bf16: engine.precision=bf16, the baseline
@@ -22,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -29,7 +31,7 @@ from benchmarks.checkpoint import Run
 from benchmarks.harness import SIZES, Report, add_model, parser, precisions, side_by_side
 from benchmarks.plain import Loop, plain_mvar
 from benchmarks.roofline import peak
-from mvar.config import TrainConfig
+from mvar.config import Switch, TrainConfig
 from mvar.plan.flops import flops
 from mvar.plan.memory import Kernels, Setup, memory, saved_for_backward
 from mvar.plan.sizes import Sizes
@@ -48,7 +50,7 @@ def goals(precision: str, batch: int) -> dict[str, str]:
     return {}
 
 
-def configuration(folder: Path, depth: int, batch: int, precision: str, size: str) -> TrainConfig:
+def configuration(folder: Path, depth: int, batch: int, precision: str, size: str, compiling: Switch) -> TrainConfig:
     """Without random dropping, so that both see the same numbers."""
     model = {"depth": depth, "num_classes": 1000, "patch_nums": SIZES[size], "drop_path": 0.0, "label_drop": 0.0}
     return TrainConfig.model_validate(
@@ -57,9 +59,14 @@ def configuration(folder: Path, depth: int, batch: int, precision: str, size: st
             "global_batch": batch,
             "data": {"store": "none"},
             "model": model,
-            "engine": {"precision": precision, "ds_config": "ds_configs/zero2.json"},
+            "engine": {"precision": precision, "ds_config": "ds_configs/zero2.json", "compile": compiling},
         }
     )
+
+
+def add_compile(options: argparse.ArgumentParser) -> None:
+    """The option of that name."""
+    options.add_argument("--compile", choices=get_args(Switch), default="on", help="engine.compile (default on)")
 
 
 def configurations(args: argparse.Namespace) -> Iterator[TrainConfig]:
@@ -67,7 +74,7 @@ def configurations(args: argparse.Namespace) -> Iterator[TrainConfig]:
     with tempfile.TemporaryDirectory() as folder:
         for precision in precisions(args.precision):
             for batch in args.batch:
-                yield configuration(Path(folder), args.depth, batch, precision, args.size)
+                yield configuration(Path(folder), args.depth, batch, precision, args.size, args.compile)
                 gc.collect()
 
 
@@ -117,6 +124,7 @@ def memory_against_plan(run: Run, world: World) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     add_model(options, batch=(2, 8))
+    add_compile(options)
     args = options.parse_args(argv)
     report = Report("train_step")
     world = worlds.start()

@@ -28,7 +28,7 @@ from mvar.images.views import Pixels
 from mvar.log import Chosen, tell
 from mvar.machine.allocator import keep_freed_memory
 from mvar.model.kernels.arithmetic import products
-from mvar.model.kernels.precision import product_dtype
+from mvar.model.kernels.precision import lacking
 from mvar.tokenizer.files import load_tokenizer
 from mvar.tokenizer.vqvae import VQVAE
 
@@ -80,8 +80,8 @@ class BatchEncoder:
         if device.type == "cpu":
             if config.precision == "tf32":
                 raise BackendError("precision=tf32: a CPU does not have it. Set precision=fp32, or bf16.")
-            if config.precision == "bf16" and product_dtype(torch.bfloat16, device) != torch.bfloat16:
-                reason = "this CPU has no instructions for it; precision=fp32 is several times faster, and exact"
+            if config.precision == "bf16" and (problem := lacking(torch.bfloat16, device)):
+                reason = f"{problem}; precision=fp32 is several times faster, and exact"
                 tell([Chosen("precision", "bf16", reason, slow=True)])
             keep_freed_memory()
         if config.threads is not None:

@@ -32,6 +32,7 @@ from mvar.run.folder import RunFolder
 from mvar.run.history import History
 from mvar.run.launcher import detect
 from mvar.run.loop import Session, TrainingLoop, claim, due
+from mvar.run.startup import Startup
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, memory_gib
 from mvar.run.world import World, be_patient
@@ -60,6 +61,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
     run = RunFolder(config.run)
     with ExitStack() as stack:
         watchdog = stack.enter_context(open_watchdog(run, config, world))
+        startup = Startup(watchdog)
         world.together(lambda: require_repeatable(config, world.device))
         job = world.together(lambda: prepare(config, world.size, world.place.local_size))
         takeover_s = config.checkpoint.takeover_s
@@ -80,20 +82,20 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         hold_codes(job, world)
         suspects = Suspects(run.path, world)
         require_sound_machines(config, world, suspects)
-        watchdog.feed("start")
+        startup.passed("store, run folder and machine")
         job, found = choose_checkpoint(run, job, world, change_batch=change_batch)
-        watchdog.feed("start")
+        startup.passed("checkpoint")
         objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
         engine = Engine(config, job.model, job.plan, job.split, objective, world)
         be_patient(config.engine.limits_s().values())
-        watchdog.feed("start")
+        startup.passed("model and engine")
         begun = begin(engine, run, job, world, found)
-        watchdog.feed("start")
+        startup.passed("weights")
         announce(world, [*engine.chosen, *chosen(job, world)])
         history.runs_on(world.devices)
         history.going_on(begun.step)
         utilisation = Utilisation.start(config.tracking.peak_tflops, job.model, world, config.engine.precision)
-        means = Means(session, engine, history, Trust(engine, suspects), utilisation)
+        means = Means(session, startup, engine, history, Trust(engine, suspects), utilisation)
         for left in range(config.engine.max_rollbacks, -1, -1):
             try:
                 with training(means, job, begun) as opened:
@@ -112,6 +114,7 @@ class Means:
     """What a start of a training works with, through all its rollbacks."""
 
     session: Session
+    startup: Startup
     engine: Engine
     history: History
     trust: Trust
@@ -145,7 +148,7 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
         self, means: Means, job: TrainingJob, feed: Feed[Batch], tracker: Tracker, saver: Saver, stability: Stability
     ) -> None:
         super().__init__(means.session, feed, tracker, job.plan.last_step, job.config.checkpoint.every_steps)
-        self.engine, self.history = means.engine, means.history
+        self.startup, self.engine, self.history = means.startup, means.engine, means.history
         self.trust, self.utilisation = means.trust, means.utilisation
         self.job, self.saver, self.stability = job, saver, stability
         self._batch: Batch | None = None
@@ -164,6 +167,8 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
 
     def record(self, done: int, result: StepResult, watch: Stopwatch) -> None:
         """Raises DivergedError on all ranks."""
+        if self.startup.stepped():
+            self.history.first_step(done, self.startup.parts_s)
         self.track(done, result, watch)
         self.judge(done, result)
         if result.votes.written == self.session.world.size:

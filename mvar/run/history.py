@@ -7,6 +7,7 @@ One JSON object a line, all with `event` and `time` (Unix seconds):
                last_sign (when the process before last wrote a measurement: the end of a killed one)
     environment  versions, system, device, commit, uncommitted_changes: what the start ran on, from which code
     going_on   step: the checkpoint was taken up (0: the run began)
+    first_step step, seconds (of each part of the start): its first step is done
     end        code, step, reason: the process ended by itself
     spike      step, reason, worst_samples (those of highest loss): a loss or gradient far above the usual
     skipped    step, reason, bad_samples (those whose loss was not finite): no update was made
@@ -135,6 +136,9 @@ class History:
 
     def going_on(self, step: int) -> None:
         self._write("going_on", step=step)
+
+    def first_step(self, step: int, parts_s: Mapping[str, float]) -> None:
+        self._write("first_step", step=step, seconds=dict(parts_s))
 
     def end(self, code: int, step: int | None, reason: str) -> None:
         self._write("end", code=code, step=step, reason=reason)

@@ -27,6 +27,7 @@ from mvar.hub.layout import CONFIG, PREPROCESSING, HubConfig, Preprocessing
 from mvar.hub.objects import load_model, load_vqvae, weights_of
 from mvar.hub.place import local
 from mvar.images.arrays import to_uint8
+from mvar.log import tell
 from mvar.model.kernels.arithmetic import products
 from mvar.model.transformer import MVAR
 from mvar.sampling.classes import label_called
@@ -99,7 +100,9 @@ class MVARPipeline:
             )
         stated = HubConfig.read(folder / CONFIG)
         preprocessing = Preprocessing.read(folder / PREPROCESSING)
-        way = cast(SamplePrecision, choose(precision, where, stated.precision).way)
+        chosen = choose(precision, where, stated.precision)
+        tell([chosen])
+        way = cast(SamplePrecision, chosen.way)
         model, _ = load_model(folder)
         model.requires_grad_(False).store_matmuls_(DTYPES[way])
         options = _stated_options(folder / CONFIG, stated.sampling)

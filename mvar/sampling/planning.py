@@ -14,6 +14,7 @@ import torch
 from mvar.checkpoint.fingerprint import fingerprint
 from mvar.config import Switch
 from mvar.log import tell
+from mvar.machine.allocator import keep_freed_memory
 from mvar.model.kernels import fused
 from mvar.sampling.job import SampleJob
 from mvar.sampling.loading import ModelPair
@@ -100,6 +101,8 @@ class Request:
 
     def painter(self, precision: SamplePrecision, batch: int, *, compiled: bool, growing: bool = False) -> Painter:
         """Everything on its device, ready to draw; `growing`: every scale, see Painter."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         arithmetic(precision, self.device).apply()
         fused.switch(compiled)
         model = self.source.model(precision, self.device)

@@ -10,7 +10,7 @@ from mvar.config import Precision
 from mvar.errors import BackendError
 from mvar.log import Chosen
 from mvar.model.kernels.arithmetic import Arithmetic
-from mvar.model.kernels.precision import product_dtype
+from mvar.model.kernels.precision import lacking
 
 SamplePrecision = Literal["fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[SamplePrecision, ...] = get_args(SamplePrecision)
@@ -35,11 +35,9 @@ def choose(asked: str, device: torch.device, trained: Precision | None) -> Chose
     if asked != "auto":
         if asked == "tf32" and (capability is None or capability < AMPERE):
             raise BackendError("--precision tf32: needs an NVIDIA GPU from Ampere on. Use fp32, bf16 or fp16.")
-        reason, dtype = "it was asked for", DTYPES[asked]
-        if product_dtype(dtype, device) == dtype:
-            return Chosen("precision", asked, reason)
-        reason += "; this CPU has no instructions for it, and fp32 is faster and exact"
-        return Chosen("precision", asked, reason, slow=True)
+        if problem := lacking(DTYPES[asked], device):
+            return Chosen("precision", asked, f"it was asked for; {problem}, and fp32 is faster and exact", slow=True)
+        return Chosen("precision", asked, "it was asked for")
     return _auto(capability, trained)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mvar.log import Chosen, log, tell
 from mvar.model.backends import DTYPES
-from mvar.model.kernels.precision import product_dtype
+from mvar.model.kernels.precision import lacking, product_dtype
 from mvar.run.world import World
 from mvar.training.job import TrainingJob
 from mvar.training.mfu import chosen_peak
@@ -29,9 +29,8 @@ def products(precision: str, device: torch.device) -> Chosen:
     asked = DTYPES[precision]
     found = product_dtype(asked, device)
     name = f"{found} on {device}".removeprefix("torch.")
-    if found == asked:
-        return Chosen("matrix products", name)
-    return Chosen("matrix products", name, f"this CPU has no instructions for {asked}".replace("torch.", ""), slow=True)
+    problem = lacking(asked, device)
+    return Chosen("matrix products", name, problem, slow=bool(problem))
 
 
 def micro_batch(job: TrainingJob) -> Chosen:

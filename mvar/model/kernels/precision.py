@@ -49,8 +49,14 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """In what matrices of `dtype` are multiplied: `dtype` where the device can do that, else float32."""
-    slow = device.type == "cpu" and dtype in HALF and not _cpu_multiplies(dtype)
-    return torch.float32 if slow else dtype
+    return torch.float32 if lacking(dtype, device) else dtype
+
+
+def lacking(dtype: torch.dtype, device: torch.device) -> str:
+    """Why matrices of `dtype` are not multiplied as such on that device; empty where they are."""
+    if device.type != "cpu" or dtype not in HALF or _cpu_multiplies(dtype):
+        return ""
+    return f"this CPU has no instructions for {dtype}".replace("torch.", "")
 
 
 @torch.library.custom_op("mvar::linear_by_fp32", mutates_args=())

@@ -23,6 +23,13 @@ TINY: dict[str, tuple[str, set[str]]] = {
         "--samples 1024 --rounds 1",
         {"random_vs_webdataset", "samples_per_s", "webdataset_samples_per_s", "first_batch_s", "first_batch_spread"},
     ),
+    "startup": (
+        "--depth 2 --size tiny --rounds 1",
+        {
+            *("help_s", "status_s", "import_s", "start_s", "imports_and_joining_the_ranks_s", "first_step_s"),
+            *("store_run_folder_and_machine_s", "checkpoint_s", "model_and_engine_s", "weights_s"),
+        },
+    ),
     "scaling": (
         "--tiny --rounds 1",
         {
@@ -49,12 +56,12 @@ TINY: dict[str, tuple[str, set[str]]] = {
     ),
     "checkpoint": ("--depth 2 --rounds 1", {"stall_vs_sync", "all_in_vs_sync", "own_sync_vs_sync", "write_mib_s"}),
     "train_step": (
-        MODEL,
+        f"{MODEL} --compile off",
         {"memory_vs_plan_fp32_b1"}
         | {f"{what}_{end}" for what in ("tokens_vs_baseline", "tokens_per_s", "peak_share") for end in BOTH},
     ),
     "against_var": (
-        MODEL,
+        f"{MODEL} --compile off",
         {
             f"{what}_{end}"
             for what in ("tokens_vs_var", "transformer_vs_var", "step_s", "var_step_s", "sampling_s", "var_sampling_s")

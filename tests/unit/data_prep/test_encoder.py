@@ -105,7 +105,7 @@ def test_tf32_is_refused_on_a_cpu(inputs, tmp_path):
 def test_bf16_on_a_cpu_without_its_instructions_is_said_to_be_slow(inputs, tmp_path, monkeypatch, caplog, has_bf16):
     monkeypatch.setattr("mvar.model.kernels.precision._cpu_multiplies", lambda _dtype: has_bf16)
     BatchEncoder.load(config(inputs, tmp_path / "codes", "precision=bf16", "device=cpu"))
-    said = "precision: bf16, because this CPU has no instructions for it; precision=fp32 is several times faster"
+    said = "precision: bf16, because this CPU has no instructions for bfloat16; precision=fp32 is several times faster"
     assert (said in caplog.text) is not has_bf16
 
 
