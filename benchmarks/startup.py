@@ -1,6 +1,6 @@
 """How long it takes until a command says something, and until a resumed training has done its first step.
 
-A training of two images a step, ZeRO 2, one process, fp32, is started, saved after a step, and then resumed once a
+A training of one image a step, ZeRO 2, one process, fp32, is started, saved after a step, and then resumed once a
 round, as a job array does it; its own record says where the time went (`first_step` in history.jsonl). Each round is a
 process of its own, and files are in the system's cache.
 

@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.mamba = Mamba2(width, backend=mamba_backend)
         self.ffn = FeedForward(width)
         if shared_conditioning:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, VECTORS, width) / width**0.5)
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, VECTORS, width).div_(width**0.5))
         else:
             self.ada_lin = projection(width, VECTORS)
         self.shared_conditioning = shared_conditioning

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mvar.errors import ConfigError, TokenizerError
 from mvar.model.kernels.arithmetic import ieee
-from mvar.model.kernels.precision import no_autocast
+from mvar.model.kernels.precision import Embedding, no_autocast
 from mvar.scales import ScalePyramid
 
 PHI_OF_SCALE: dict[tuple[int, int], tuple[int, ...]] = {
@@ -119,7 +119,7 @@ class Quantizer(nn.Module):
         self.latent_channels = latent_channels
         self.phis = phis
         self.phi_ratio = phi_ratio
-        self.embedding = nn.Embedding(vocab_size, latent_channels)
+        self.embedding = Embedding(vocab_size, latent_channels)
         self.quant_resi = PhiBank(phis, latent_channels, phi_ratio, self.pyramid.num_scales)
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(self.pyramid.num_scales, vocab_size))
 

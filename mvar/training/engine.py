@@ -96,6 +96,7 @@ class LaunchedStep:
 
 
 def build_model(config: TrainConfig, model: ModelConfig) -> MVAR:
+    """As torch makes it, with values that a training throws away."""
     assert model.num_classes is not None
     return MVAR.from_config(
         model, num_classes=model.num_classes, activation_checkpointing=config.engine.activation_checkpointing
@@ -144,9 +145,10 @@ class Engine:
         devices = dict(ds_config.offloads(tree))
         if self.world.device.type == "cpu" and not devices:  # Where weights are offloaded, memory is what is short.
             keep_freed_memory()
-        sharded = deepspeed.zero.Init(config_dict_or_path=tree) if self.stage == 3 else contextlib.nullcontext()
-        with sharded:
+        with deepspeed.zero.Init(config_dict_or_path=tree) if self.stage == 3 else torch.device("meta"):
             model = build_model(self.config, self._model_config)
+        if self.stage != 3:
+            model.to_empty(device="cpu")
         client = make_optimizer(parameter_groups(model), self.config.optim, self.plan.peak_lr, devices)
         engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=tree)
         return engine, client

@@ -118,7 +118,15 @@ class WideLinear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
-class WideEmbedding(nn.Embedding):
+class Embedding(nn.Embedding):
+    """An embedding that is quick to make on the meta device: drawing no values there loads torch's compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class WideEmbedding(Embedding):
     """An embedding whose rows come out wide."""
 
     def forward(self, index: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ error. What kernels of a GPU compute: tests/gpu.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -71,3 +73,16 @@ def test_a_part_that_was_left_on_the_cpu_is_seen(left: str) -> None:
     setattr(model, left, getattr(MVAR(2, 5, PATCH_NUMS, 16, 4, width=64, heads=2), left))
     with pytest.raises(RuntimeError, match="device"):
         Objective(tokenizer.quantizer, ELSEWHERE)(model, numbers(IMAGES, 30), numbers(IMAGES))
+
+
+def test_making_models_without_values_does_not_load_torch_s_compiler() -> None:
+    """It takes seconds, and every start of a command that reads weights makes such models."""
+    made_there = (
+        "import sys, torch; from mvar.model.transformer import MVAR; from mvar.tokenizer.vqvae import VQVAE\n"
+        "with torch.device('meta'):\n"
+        "    MVAR(1, 5, (1, 2), 16, 4, width=32), MVAR(1, 5, (1, 2), 16, 4, width=32, shared_conditioning=True)\n"
+        "    VQVAE(32, 4, 16, (1, 2), channel_mult=(1,))\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", made_there], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "False"
