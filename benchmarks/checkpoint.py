@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(run: Run, world: World, folder: Path, rounds: int) -> Report:
     identity = Identity(run.config, run.config.model, "0" * 64)
     partition = run.engine.partition
+    engine: Any = run.engine.model
     background, waiting = (
         Saver(folder / kind, partition, world, identity, run.config.checkpoint.model_copy(update={"background": kind}))
         for kind in ("auto", "off")
@@ -119,7 +120,7 @@ def measure(run: Run, world: World, folder: Path, rounds: int) -> Report:
         run.step()
         calm_s.append(seconds_of(run.step))
         theirs_s.append(
-            seconds_of(lambda: run.engine.model.save_checkpoint(str(folder / "theirs"), tag="t", save_latest=False))
+            seconds_of(lambda: engine.save_checkpoint(str(folder / "theirs"), tag="t", save_latest=False))
         )
         shutil.rmtree(folder / "theirs")
         own_s.append(seconds_of(lambda: waiting.save(run.engine.progress(run.done))))

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def machine(context: Context) -> None:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         n = 64 if context.scale.tiny else 8192 if name != "fp32" else 4096
         a, b = (torch.randn(n, n, device=context.device, dtype=dtype) for _ in range(2))
-        context.add(f"matmul_tflops_{name}", 2e-12 * n**3 / min(context.timed(lambda a=a, b=b: a @ b, 10)))
+        context.add(f"matmul_tflops_{name}", 2e-12 * n**3 / min(context.timed(partial(torch.matmul, a, b), 10)))
     source = torch.empty(2**10 if context.scale.tiny else 2**30, dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
     context.add("copy_tb_s", 2e-12 * source.numel() / min(context.timed(lambda: target.copy_(source), 10)))

@@ -38,7 +38,7 @@ from mvar.plan.sizes import Sizes
 from mvar.run import world as worlds
 from mvar.run.world import World
 from mvar.testing.engine_bytes import kept_by_autograd
-from mvar.training.engine import parameter_groups
+from mvar.training.optimizer import parameter_groups
 
 
 def goals(precision: str, batch: int) -> dict[str, str]:

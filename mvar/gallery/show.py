@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +12,7 @@ from mvar.gallery.wish import Wish
 from mvar.reporting.charts import figure
 from mvar.reporting.curves import charts_of, figure_charts
 from mvar.reporting.facts import facts_of
+from mvar.reporting.page import data_uri
 from mvar.reporting.style import CHARTS, DARK, LIGHT
 from mvar.sampling.packing import encode_png
 
@@ -32,11 +32,6 @@ CSS = f"""
 .mvar .error {{ border-left: 4px solid var(--bad); background: var(--card); padding: 10px 14px; }}
 .mvar a.download {{ color: var(--line-0); }}
 """
-
-
-def data_uri(data: bytes) -> str:
-    """Of a PNG."""
-    return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def growing(frames: Sequence[Growth], wish: Wish, names: Sequence[str] | None) -> str:

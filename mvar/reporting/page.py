@@ -146,13 +146,13 @@ def _sheet(sheet: Sheet) -> str:
     words += [f"{sheet.samples:,.0f} images seen"] if sheet.samples is not None else []
     told = escape(", ".join(words), quote=True)
     try:
-        found = _data_uri(sheet.path)
+        found = _picture(sheet.path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"<p class=missing>{told}: cannot be read ({escape(str(error))}).</p>"
     return f'<figure class=sheet><img alt="{told}" src="{found}"><figcaption>{told}</figcaption></figure>'
 
 
-def _data_uri(path: Path) -> str:
+def _picture(path: Path) -> str:
     """The picture as it is, or smaller where it is wider than a page; decoded once, so that no broken one is shown."""
     with Image.open(path) as picture:
         picture.load()
@@ -163,7 +163,12 @@ def _data_uri(path: Path) -> str:
             held = io.BytesIO()
             smaller.save(held, format="PNG")
             data = held.getvalue()
-    return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
+    return data_uri(data)
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as an address that a page carries in itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def _starts(facts: RunFacts) -> str:

@@ -32,7 +32,8 @@ from mvar.run.world import World
 from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import run_ranks
 from mvar.testing.tiny_runs import STAGES, config
-from mvar.training.engine import Engine, parameter_groups
+from mvar.training.engine import Engine
+from mvar.training.optimizer import parameter_groups
 from mvar.training.job import TrainingJob, prepare
 from mvar.training.objective import Objective
 

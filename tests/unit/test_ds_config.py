@@ -5,14 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mvar.config import OptimConfig, TrainConfig
+from mvar.config import TrainConfig
 from mvar.ds_config import BatchSplit, find_template, resolve
 from mvar.errors import ConfigError
-from mvar.model.transformer import MVAR
-from mvar.training.engine import make_optimizer, parameter_groups
-from tests.golden import golden_json
 
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero_infinity")
 
@@ -133,23 +129,6 @@ def test_impossible_batch_splits_propose_the_nearest(
 ) -> None:
     with pytest.raises(ConfigError, match=near):
         BatchSplit.of(global_batch, ranks, micro_batch)
-
-
-def test_parameter_groups_are_the_published_ones() -> None:
-    expected = golden_json("schedules", "param_groups_mvar_tiny.json")
-    model = MVAR(depth=2, num_classes=10, patch_nums=(1, 2, 3, 4), vocab_size=64, latent_channels=8)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying, others = parameter_groups(model)
-    assert decaying["decays"] and not others["decays"]
-    assert {names[id(p)] for p in decaying["params"]} == set(expected["decay"])
-    assert {names[id(p)] for p in others["params"]} == set(expected["no_decay"])
-
-
-def test_torch_runs_adamw_unless_moments_are_offloaded() -> None:
-    groups: list[dict[str, Any]] = [{"params": [torch.zeros(3, requires_grad=True)], "decays": True}]
-    optimizer = make_optimizer(groups, OptimConfig(), 1e-3, {})
-    assert type(optimizer) is torch.optim.AdamW
-    assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.95)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
