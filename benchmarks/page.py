@@ -185,6 +185,7 @@ def draw(folder: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     results, _ = read_all(folder)
     shown = []
@@ -203,8 +204,9 @@ def draw(folder: Path) -> None:
     axes.set_yticks(range(len(shown)), [f"{label}: {row.key}" for label, row in shown], fontsize=8)
     axes.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.set_title("Medians, least to largest. Bar: goal. Green: met, red: not met, gray: no goal", fontsize=9)

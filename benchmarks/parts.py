@@ -89,7 +89,7 @@ class Part:
 PARTS = (
     Part("roofline", "roofline", "", 0.5),
     Part("store_read", "store_read", "--rounds 5", 0.5),
-    Part("startup", "startup", "", 2),
+    Part("startup", "startup", "", 3),
     Part("scaling", "scaling", "--rounds 5", 1.5),
     Part("collectives", "collectives", "--rounds 15", 0.5),
     Part("evaluate", "evaluate", "--images 5000", 1),

@@ -34,7 +34,7 @@ class Trainee:
 
     def __init__(self, folder: Path, depth: int, size: str) -> None:
         self.run, self.steps = folder / "run", 0
-        store = make_store(folder / "store", train=64, patch_nums=SIZES[size], vocab=VOCAB, latent=LATENT)
+        store = make_store(folder / "store", train=64, val=1, patch_nums=SIZES[size], vocab=VOCAB, latent=LATENT)
         self._words = [
             f"run={self.run}",
             f"data.store={store}",
