@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(run: Run, world: World, folder: Path, rounds: int) -> Report:
+    report = Report("checkpoint")
     identity = Identity(run.config, run.config.model, "0" * 64)
     partition = run.engine.partition
     engine: Any = run.engine.model
@@ -119,9 +120,7 @@ def measure(run: Run, world: World, folder: Path, rounds: int) -> Report:
     for number in range(rounds + 1):  # The first round warms up.
         run.step()
         calm_s.append(seconds_of(run.step))
-        theirs_s.append(
-            seconds_of(lambda: engine.save_checkpoint(str(folder / "theirs"), tag="t", save_latest=False))
-        )
+        theirs_s.append(seconds_of(lambda: engine.save_checkpoint(str(folder / "theirs"), tag="t", save_latest=False)))
         shutil.rmtree(folder / "theirs")
         own_s.append(seconds_of(lambda: waiting.save(run.engine.progress(run.done))))
         shutil.rmtree(folder / "off")
@@ -139,7 +138,6 @@ def measure(run: Run, world: World, folder: Path, rounds: int) -> Report:
         )
     stall_s, whole_s = [one.stall_s for one in saved[1:]], [one.seconds for one in saved[1:]]
     theirs, stall = statistics.median(theirs_s[1:]), statistics.median(stall_s)
-    report = Report("checkpoint")
     report.add("stall_vs_sync", stall / theirs, "< 0.15", {"stall_s": spread(stall_s), "sync_s": spread(theirs_s[1:])})
     report.add("all_in_vs_sync", (stall + statistics.median(busy_s[1:])) / theirs)
     report.add("own_sync_vs_sync", statistics.median(own_s[1:]) / theirs)

@@ -39,7 +39,7 @@ class Trainee:
             f"run={self.run}",
             f"data.store={store}",
             f"model.depth={depth}",
-            "global_batch=2",
+            "global_batch=1",
             "epochs=1000",
         ]
         self._words += [f"model.patch_nums={list(SIZES[size])}", "engine.precision=fp32", "tracking.wandb=disabled"]

@@ -167,7 +167,7 @@ class TransformerTraining(TrainingLoop[Batch, LaunchedStep, StepResult]):
 
     def record(self, done: int, result: StepResult, watch: Stopwatch) -> None:
         """Raises DivergedError on all ranks."""
-        if self.startup.stepped():
+        if self.startup.stepped(watch):
             self.history.first_step(done, self.startup.parts_s)
         self.track(done, result, watch)
         self.judge(done, result)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mvar.log import log
 from mvar.run.stopping import Watchdog
+from mvar.run.tracking import Stopwatch
 
 IMPORTS = "imports and joining the ranks"
 STEP = "first step"
@@ -18,28 +19,30 @@ class Startup:
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
-        self._since = time.monotonic() - process_age_s()
+        self._since = time.perf_counter() - process_age_s()
         self.parts_s: dict[str, float] = {}
         self.passed(IMPORTS)
 
     def passed(self, part: str) -> None:
         """A part is over; the watchdog gives the next one a whole limit."""
-        self._end(part)
+        self._end(part, time.perf_counter())
         self._watchdog.feed("start")
 
-    def stepped(self) -> bool:
-        """A step is done. True for the first one, which ends the start and is told."""
+    def stepped(self, watch: Stopwatch) -> bool:
+        """A step, as long as `watch` says, is known to be done. True for the first one, which ends the start and is told.
+
+        Where steps are read late, the next one is under way by then; it does not count.
+        """
         if STEP in self.parts_s:
             return False
-        self._end(STEP)
+        self._end(STEP, watch.end)
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts_s.items())
         log.info("start: %.1f s until the first step was done (%s)", sum(self.parts_s.values()), parts)
         return True
 
-    def _end(self, part: str) -> None:
-        now = time.monotonic()
-        self.parts_s[part] = round(now - self._since, 3)
-        self._since = now
+    def _end(self, part: str, end: float) -> None:
+        self.parts_s[part] = round(end - self._since, 3)
+        self._since = end
 
 
 def process_age_s() -> float:

@@ -353,5 +353,10 @@ class Stopwatch:
     def stop(self) -> None:
         self._end = time.perf_counter()
 
+    @property
+    def end(self) -> float:
+        """On `time.perf_counter`; now, if it is not stopped."""
+        return time.perf_counter() if self._end is None else self._end
+
     def seconds(self) -> float:
-        return (time.perf_counter() if self._end is None else self._end) - self._begin
+        return self.end - self._begin

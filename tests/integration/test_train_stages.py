@@ -33,9 +33,9 @@ from mvar.testing.code_stores import make_store
 from mvar.testing.ranks import run_ranks
 from mvar.testing.tiny_runs import STAGES, config
 from mvar.training.engine import Engine
-from mvar.training.optimizer import parameter_groups
 from mvar.training.job import TrainingJob, prepare
 from mvar.training.objective import Objective
+from mvar.training.optimizer import parameter_groups
 
 STEPS, SAVED_AT = 20, 8
 RESOLVE = ds_config.resolve

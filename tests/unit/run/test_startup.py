@@ -14,20 +14,24 @@ from mvar.run import startup, stopping
 from mvar.run.history import History
 from mvar.run.startup import Startup, process_age_s
 from mvar.run.stopping import Watchdog
+from mvar.run.tracking import Stopwatch
 
 
 def test_parts_last_from_the_process_s_beginning_to_the_first_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     now, fed = [1000.0], []
-    monkeypatch.setattr(startup.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(startup, "process_age_s", lambda: 4.5)
     monkeypatch.setattr(stopping.Watchdog, "feed", lambda _, phase: fed.append(phase))
     timed = Startup(Watchdog({"start": 0, "step": 0, "validate": 0, "save": 0}))
     now[0] += 2
     timed.passed("weights")
+    watch = Stopwatch()
     now[0] += 3
-    assert [timed.stepped(), timed.stepped()] == [True, False]
+    watch.stop()
+    now[0] += 5  # The next step, which is under way when the first one is read.
+    assert [timed.stepped(watch), timed.stepped(watch)] == [True, False]
     assert timed.parts_s == {startup.IMPORTS: 4.5, "weights": 2, startup.STEP: 3}
     assert fed == ["start", "start"]
 
