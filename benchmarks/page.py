@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +102,14 @@ def text_of(folder: Path) -> str:
         lines += [f"**Missing**, because they failed or were not run: {', '.join(missing)}.", ""]
     if not results:
         return "\n".join([*lines, "There are no results.", ""])
-    newest = max(results, key=lambda result: str(result.context["when"])).context
+    usual = of_most(results).context
     apart = []
     for result in results:
-        own = [f"{key} {result.context.get(key)}" for key in SAME if result.context.get(key) != newest.get(key)]
+        own = [f"{key} {result.context.get(key)}" for key in SAME if result.context.get(key) != usual.get(key)]
         apart += [f"{result.name} ({', '.join(own)})"] if own else []
     if apart:
         lines += [f"**Of another run**: {'; '.join(apart)}.", ""]
-    lines += [*header(newest, folder), ""]
+    lines += [*header(usual, folder), ""]
     lines += [
         "Figures are medians; contestants take turns, and a round before the first is not counted. A name ends with",
         "precision and batch where there are several; `python -m benchmarks.NAME --help` says what it means.",
@@ -120,15 +121,25 @@ def text_of(folder: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def header(newest: dict[str, Any], folder: Path) -> Iterator[str]:
+def of_most(results: Sequence[Result]) -> Result:
+    """The newest of those that most have machine, versions and commit in common with."""
+    common = Counter(str([result.context.get(key) for key in SAME]) for result in results)
+
+    def weight(result: Result) -> tuple[int, str]:
+        return common[str([result.context.get(key) for key in SAME])], str(result.context["when"])
+
+    return max(results, key=weight)
+
+
+def header(context: dict[str, Any], folder: Path) -> Iterator[str]:
     """Hardware, versions, and how long the whole run took."""
     yield "| | |"
     yield "|---|---|"
-    gpu = newest["gpu"] or "no GPU"
-    yield f"| machine | {newest['cpu']}, {newest['cores']} cores, {newest['memory_gib']} GiB, {gpu} |"
-    versions = ", ".join(f"{name} {newest[name]}" for name in ("python", "torch", "deepspeed", "numpy"))
+    gpu = context["gpu"] or "no GPU"
+    yield f"| machine | {context['cpu']}, {context['cores']} cores, {context['memory_gib']} GiB, {gpu} |"
+    versions = ", ".join(f"{name} {context[name]}" for name in ("python", "torch", "deepspeed", "numpy"))
     yield f"| versions | {versions} |"
-    yield f"| commit | `{newest['commit']}` |"
+    yield f"| commit | `{context['commit']}` |"
     whole = folder / "run.json"
     if whole.exists():
         run = Result.read(whole)

@@ -29,7 +29,7 @@ class Startup:
         self._watchdog.feed("start")
 
     def stepped(self, watch: Stopwatch) -> bool:
-        """A step, as long as `watch` says, is known to be done. True for the first one, which ends the start and is told.
+        """A step, as long as `watch` says, is known to be done. True for the first one: it ends the start, and is told.
 
         Where steps are read late, the next one is under way by then; it does not count.
         """
