@@ -123,12 +123,10 @@ def text_of(folder: Path) -> str:
 
 def of_most(results: Sequence[Result]) -> Result:
     """The newest of those that most have machine, versions and commit in common with."""
-    common = Counter(str([result.context.get(key) for key in SAME]) for result in results)
-
-    def weight(result: Result) -> tuple[int, str]:
-        return common[str([result.context.get(key) for key in SAME])], str(result.context["when"])
-
-    return max(results, key=weight)
+    kinds = [tuple(result.context.get(key) for key in SAME) for result in results]
+    common = Counter(kinds)
+    _, _, place = max((common[kind], str(results[n].context["when"]), n) for n, kind in enumerate(kinds))
+    return results[place]
 
 
 def header(context: dict[str, Any], folder: Path) -> Iterator[str]:

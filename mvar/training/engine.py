@@ -97,7 +97,7 @@ class LaunchedStep:
 
 
 def build_model(config: TrainConfig, model: ModelConfig) -> MVAR:
-    """As torch makes it, with values that a training throws away."""
+    """Whatever values its parameters have are replaced before the first step."""
     assert model.num_classes is not None
     return MVAR.from_config(
         model, num_classes=model.num_classes, activation_checkpointing=config.engine.activation_checkpointing
