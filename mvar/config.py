@@ -11,7 +11,7 @@ from mvar.scales import PATCH_NUMS_256, ScalePyramid
 from mvar.settings import Fraction, PathOrUrl, Section
 
 AttentionBackend = Literal["auto", "sdpa", "varlen", "flash", "triton"]
-MambaBackend = Literal["auto", "torch", "mamba_ssm"]
+MambaBackend = Literal["auto", "torch", "mamba_ssm", "triton"]
 NormBackend = Literal["torch", "apex"]
 ActivationCheckpointing = Literal["off", "every", "selective"] | PositiveInt
 InitRecipe = Literal["fixed", "published"]

@@ -6,8 +6,8 @@ import torch
 
 from mvar.config import ModelConfig, Switch
 from mvar.log import Chosen
-from mvar.model import attention
-from mvar.model.kernels import fused, mamba_ssm
+from mvar.model import attention, mamba_backend
+from mvar.model.kernels import fused
 from mvar.model.kernels.arithmetic import Arithmetic
 
 DTYPES = {
@@ -28,6 +28,6 @@ def chosen_backends(model: ModelConfig, arithmetic: Arithmetic, compiling: Switc
     return [
         Chosen("arithmetic", str(arithmetic)),
         attention.choose(model.attention_backend, attended, device, width // model.resolved_heads),
-        mamba_ssm.choose(model.mamba_backend, dtype, device, arithmetic.tf32),
+        mamba_backend.choose(model.mamba_backend, dtype, device, arithmetic.tf32),
         fused.choose(compiling, device, model.depth, width),
     ]

@@ -1,7 +1,7 @@
 """Mamba-2 over the whole sequence, coarse scales to fine, with its state handed in and out.
 
-Parameter names and shapes are those of mamba-ssm's `Mamba2`. Two backends compute the same: mamba-ssm's kernels on a
-GPU, plain torch anywhere.
+Parameter names and shapes are those of mamba-ssm's `Mamba2`. Three backends compute the same: mamba-ssm's kernels and
+our own on a GPU, plain torch anywhere.
 Shapes: B batch, L tokens, C width, H heads, P head width, N state, K = 2C + 2N convolved channels, W convolution width,
 E = 4C + 2N + H rows of the input projection.
 """
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvar.config import MambaBackend
-from mvar.model.kernels import fused
-from mvar.model.kernels import mamba_ssm as mamba_kernels
+from mvar.model.kernels import fused, mamba_ssm
 from mvar.model.kernels.arithmetic import tf32_allowed
 from mvar.model.kernels.mamba_ops import causal_conv
 from mvar.model.kernels.precision import Linear, no_autocast, wide
 from mvar.model.kernels.ssd import ssd
+from mvar.model.mamba_backend import choose, require
 
 STATE = 64
 HEAD_WIDTH = 64
@@ -83,8 +83,7 @@ class Mamba2(nn.Module):
         inner = EXPAND * width
         heads = inner // HEAD_WIDTH
         self.inner, self.heads, self.backend = inner, heads, backend
-        if backend == "mamba_ssm":
-            mamba_kernels.kernels()
+        require(backend)
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))
@@ -99,8 +98,8 @@ class Mamba2(nn.Module):
         """(B, L, C) -> (B, L, C). With `state`, goes on from it and leaves in it the state after the last token."""
         zxbcdt_BLE = self.in_proj(u_BLC)
         with no_autocast(u_BLC):
-            chosen = mamba_kernels.choose(self.backend, zxbcdt_BLE.dtype, zxbcdt_BLE.device, tf32_allowed())
-            mix = self._mix_kernels if chosen.way == "mamba_ssm" else self._mix_torch
+            chosen = choose(self.backend, zxbcdt_BLE.dtype, zxbcdt_BLE.device, tf32_allowed())
+            mix = {"torch": self._mix_torch, "mamba_ssm": self._mix_mamba_ssm, "triton": self._mix_triton}[chosen.way]
             mixed = mix(zxbcdt_BLE, state)
         out: Tensor = self.out_proj(mixed)
         return out
@@ -129,19 +128,36 @@ class Mamba2(nn.Module):
         mixed: Tensor = self.norm(y_BLHP.flatten(2), z)
         return mixed
 
-    def _mix_kernels(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
+    def _mix_triton(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
+        from mvar.model.kernels import mixer_triton
+        from mvar.model.kernels.ssd_triton import Decays
+
+        if state is not None and torch.is_grad_enabled():  # Our kernels do not differentiate through a state.
+            return self._mix_torch(zxbcdt_BLE, state)
+        layout = mixer_triton.Layout(self.inner, HEAD_WIDTH, NORM_EPS, "tf32" if tf32_allowed() else "ieee")
+        weight_KW, bias_K, norm_I = self.conv1d.weight.squeeze(1), self.conv1d.bias, self.norm.weight
+        decays = self.dt_bias, self.A_log, self.D
+        if state is None:
+            return mixer_triton.mix(zxbcdt_BLE, weight_KW, bias_K, *decays, norm_I, layout, self.exact_3H)
+        kept, before = Decays.of(decays, self.exact_3H), (state.tail_BVK, state.ssm_BHPN)
+        mixed_BLI, ssm_BHPN = mixer_triton.carry(zxbcdt_BLE, weight_KW, bias_K, kept, norm_I, layout, *before)
+        _, xBC_BLK, _ = layout.split(zxbcdt_BLE)
+        state.tail_BVK, state.ssm_BHPN = _tail(xBC_BLK, state.tail_BVK), ssm_BHPN
+        return mixed_BLI
+
+    def _mix_mamba_ssm(self, zxbcdt_BLE: Tensor, state: MambaState | None) -> Tensor:
         dt_bias_H, A_H, D_H = self._decays(wide(zxbcdt_BLE.dtype))
         weight_KW, bias_K = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if state is None and mamba_kernels.fusable(zxbcdt_BLE):
-            return mamba_kernels.fused_mixer(
+        if state is None and mamba_ssm.fusable(zxbcdt_BLE):
+            return mamba_ssm.fused_mixer(
                 zxbcdt_BLE, weight_KW, bias_K, dt_bias_H, A_H, D_H, self.norm.weight, NORM_EPS, HEAD_WIDTH
             )
         z, xBC_BLK, dt_BLH = torch.split(zxbcdt_BLE, [self.inner, self.inner + 2 * STATE, self.heads], dim=-1)
         tail, ssm_BHPN = (None, None) if state is None else (state.tail_BVK, state.ssm_BHPN)
-        conv_BLK = mamba_kernels.convolve(xBC_BLK, weight_KW, bias_K, tail)
+        conv_BLK = mamba_ssm.convolve(xBC_BLK, weight_KW, bias_K, tail)
         x, B_BLN, C_BLN = torch.split(conv_BLK, [self.inner, STATE, STATE], dim=-1)
         x_BLHP = x.view(*x.shape[:2], self.heads, HEAD_WIDTH)
-        y_BLHP, ssm_BHPN = mamba_kernels.scan(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, dt_bias_H, ssm_BHPN)
+        y_BLHP, ssm_BHPN = mamba_ssm.scan(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, D_H, dt_bias_H, ssm_BHPN)
         if state is not None:
             state.tail_BVK, state.ssm_BHPN = _tail(xBC_BLK, tail), ssm_BHPN
         mixed: Tensor = self.norm(y_BLHP.flatten(2), z)

@@ -6,18 +6,12 @@ kernels are called instead. Shapes: B batch, L tokens, C width, H heads, P head 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from mvar.config import MambaBackend
-from mvar.errors import BackendError
-from mvar.log import Chosen
-from mvar.model.kernels.optional import load
 
 CHUNK = 128
 """Tokens of a chunk. Forward and backward of the fused mixer on an H200 (64 images of 680 tokens, C 1024, bf16): 5.1 ms
@@ -37,7 +31,9 @@ class Kernels:
     """Whether `split_conv_scan` copies rows that do not begin where causal_conv1d wants them (mamba-ssm 2.3)."""
 
 
-def _import() -> Kernels:
+@lru_cache(maxsize=1)
+def entry_points() -> Kernels:
+    """Raises whatever their import raises."""
     from causal_conv1d import causal_conv1d_fn
     from mamba_ssm.ops.triton import ssd_combined
 
@@ -49,45 +45,9 @@ def _import() -> Kernels:
     )
 
 
-def kernels() -> Kernels:
-    """The installed kernels. Raises BackendError, naming what to install, where they cannot be imported."""
-    found: Kernels = load(_import).require(
-        "model.mamba_backend=mamba_ssm",
-        "Install mamba-ssm and causal-conv1d, built for CUDA, as requirements-gpu.txt says, or use"
-        " model.mamba_backend=torch.",
-    )
-    return found
-
-
-@lru_cache(maxsize=64)
-def choose(backend: MambaBackend, dtype: torch.dtype, device: torch.device, tf32: bool) -> Chosen:
-    """The kernels for a projection of that kind; `tf32`: whether fp32 products may run in TF32, as the scan's do.
-
-    Raises BackendError where kernels are asked for by name that cannot run there.
-    """
-    if backend == "mamba_ssm":
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise BackendError(
-                f"model.mamba_backend=mamba_ssm: the kernels need a CUDA device, got tensors on {device}."
-                " Use model.mamba_backend=torch or auto."
-            )
-        kernels()
-        return Chosen("mamba", "mamba_ssm")
-    if backend == "torch":
-        return Chosen("mamba", "torch")
-    if device.type != "cuda":
-        return Chosen("mamba", "torch", f"mamba-ssm's kernels need a GPU, and tensors are on {device}")
-    if dtype == torch.float64 or (dtype == torch.float32 and not tf32):
-        reason = f"mamba-ssm's scan multiplies {dtype} in TF32".replace("torch.", "")
-        return Chosen("mamba", "torch", reason, slow=True)
-    if problem := load(_import).problem:
-        return Chosen("mamba", "torch", f"mamba-ssm and causal-conv1d cannot be imported ({problem})", slow=True)
-    return Chosen("mamba", "mamba_ssm")
-
-
 def fusable(zxbcdt_BLE: Tensor) -> bool:
     """Whether `fused_mixer` takes rows of the input projection as they are. At depth 30 their stride is odd."""
-    return kernels().any_stride or zxbcdt_BLE.shape[-1] % STRIDE_MULTIPLE == 0
+    return entry_points().any_stride or zxbcdt_BLE.shape[-1] % STRIDE_MULTIPLE == 0
 
 
 def fused_mixer(
@@ -102,7 +62,7 @@ def fused_mixer(
     head_width: int,
 ) -> Tensor:
     """Convolution, scan, gate and norm in one autograd node that recomputes instead of storing: (B, L, 2C)."""
-    out: Tensor = kernels().split_conv_scan(
+    out: Tensor = entry_points().split_conv_scan(
         zxbcdt_BLE,
         conv_weight_KW,
         conv_bias_K,
@@ -126,7 +86,7 @@ def convolve(x_BLK: Tensor, weight_KW: Tensor, bias_K: Tensor, tail_BVK: Tensor 
     # Not `contiguous`, which leaves the strides of one token of one image as they are: one row has no next one.
     x_BKL = (x_BLK if strides_fit else x_BLK.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
     initial = None if tail_BVK is None else tail_BVK.to(x_BLK.dtype).contiguous().transpose(1, 2)
-    out_BKL: Tensor = kernels().conv(x_BKL, weight_KW, bias_K, initial_states=initial, activation="silu")
+    out_BKL: Tensor = entry_points().conv(x_BKL, weight_KW, bias_K, initial_states=initial, activation="silu")
     return out_BKL.transpose(1, 2)
 
 
@@ -141,7 +101,7 @@ def scan(
     state_BHPN: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The state-space sum with softplus(dt + dt_bias): (B, L, H, P) and the float32 state after the last token."""
-    y_BLHP, final_BHPN = kernels().scan(
+    y_BLHP, final_BHPN = entry_points().scan(
         x_BLHP,
         dt_BLH,
         A_H,
