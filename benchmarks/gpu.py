@@ -6,11 +6,16 @@ are written to --json after every part. MFU: operations as in `mvar.plan.flops` 
 machine       matmul_tflops_bf16, matmul_tflops_tf32, matmul_tflops_fp32, copy_tb_s
 warm          compiles mamba-ssm's kernels, all configurations, side by side: minutes at the first start, then cached
 train_dN      train_dN_imgs_per_s, _mfu, _step_ms, _peak_gib, _memory_vs_plan: `mvar train`'s step on made-up codes of
-              256 px, bf16, ZeRO 2. Depth 16 also: save_stall_s, how long a save stops the training
+              256 px, bf16, ZeRO 2. Depth 16 also: save_stall_s, how long a save stops the training;
+              train_d16_late_step_ms: a step whose numbers are read in the next one, as by `mvar train`; of such steps
+              train_d16_kernels_ms (some kernel runs), _gpu_busy (the same as a share), _kernels (how many), and in the
+              context train_d16_profile (kinds of kernels, when the GPU waits and what the host does then) and
+              train_d16_host (where Python is)
 train_var16   train_var16_imgs_per_s: VAR-d16 in plain torch with autocast and fused AdamW, same batch
 mixer         mixer_ms: our Mamba-2 between its two linear layers, forward and backward, 64 images, width 1,024, bf16;
               mixer_mamba_ssm_chunkN_ms: mamba-ssm's fused call for the same; mixer_vs_mamba_ssm: against its fastest
-sample_dN     sample_dN_imgs_per_s: 128 images with guidance and decoder, bf16; sample_d16_latency_ms: one image
+sample_dN     sample_dN_imgs_per_s: 128 images with guidance and decoder, bf16; sample_d16_latency_ms: one image;
+              sample_d16_profile: time by kind of kernel of 128 images
 sample_var30  sample_var30_imgs_per_s: key-value cache, same quantizer, filters and decoder; sample_d24_vs_var30
 tokenize      tokenize_bf16_imgs_per_s, tokenize_bf16_agreement (share of fp32's codes), tokenize_fp32_imgs_per_s
 """
@@ -39,8 +44,8 @@ from benchmarks.harness import Report, parser
 PARTS: dict[str, tuple[int, Callable[[Context], None]]] = {
     "machine": (30, machine),
     "warm": (200, warm),
-    "train_d16": (100, lambda context: train(context, 16, 64)),
-    "sample_d16": (60, lambda context: sample(context, 16)),
+    "train_d16": (130, lambda context: train(context, 16, 64)),
+    "sample_d16": (80, lambda context: sample(context, 16)),
     "mixer": (60, mixer),
     "tokenize": (60, tokenize),
     "sample_d24": (60, lambda context: sample(context, 24)),
@@ -83,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for training: engine.compile=off"
     )
+    options.add_argument(
+        "--traces", type=Path, metavar="FOLDER", help="keep the profiles (benchmarks/idle.py reads them)"
+    )
     options.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = options.parse_args(argv)
     names = [name for name in args.only.split(",") if name] or list(PARTS)
@@ -96,12 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if on_gpu else "cpu")
     if args.part:
         overrides = dict(pair.split("=", 1) for pair in args.set)
-        PARTS[args.part][1](Context(Scale(args.tiny), device, Report("gpu"), overrides, args.json))
+        PARTS[args.part][1](Context(Scale(args.tiny), device, Report("gpu"), overrides, args.json, args.traces))
         return 0
     # Kernels are tuned once, and what was found is kept beside them.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     report, began_s, problems = Report("gpu", context={"set": args.set, "tiny": args.tiny}), time.monotonic(), {}
     passed_on = [*(["--tiny"] if args.tiny else []), *(word for pair in args.set for word in ("--set", pair))]
+    passed_on += ["--traces", str(args.traces)] if args.traces else []
     for name in names:
         left_s = args.limit_s - (time.monotonic() - began_s)
         if left_s < 5:

@@ -62,11 +62,21 @@ class Context:
     """Of the training's configuration, by dotted key."""
     into: Path
     """Written anew with every figure, so that a part that is stopped has not been in vain."""
+    traces: Path | None = None
+    """A folder to keep profiles in."""
 
     def add(self, key: str, value: float, how: dict[str, Any] | None = None) -> None:
         self.report.add(key, value, GOALS.get(key), how)
-        self.into.write_text(json.dumps({"figures": self.report.figures, "context": self.report.context}))
+        self._write()
         print(f"  {key}: {value:,.4g}" + (f"   goal {GOALS[key]}" if key in GOALS else ""), flush=True)
+
+    def note(self, key: str, value: Any) -> None:
+        """Something to keep that is no figure."""
+        self.report.context[key] = value
+        self._write()
+
+    def _write(self) -> None:
+        self.into.write_text(json.dumps({"figures": self.report.figures, "context": self.report.context}))
 
     def timed(self, run: Callable[[], object], rounds: int = 5, warm: int = 2) -> list[float]:
         """Seconds of each round after the warm-up, each waited for."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu_context import Context
+from benchmarks.gpu_profile import profile_drawing
 from benchmarks.harness import spread
 
 SAMPLED = 128
@@ -30,16 +31,18 @@ def sampling(context: Context, name: str, drawing: Callable[[Any, int], Callable
     """`drawing(tokenizer, images)` gives a function of that many labels and seeds that draws pictures."""
     tokenizer = tokenizer_of(context).to(memory_format=torch.channels_last)
 
-    def timed(images: int, rounds: int, warm: int) -> list[float]:
+    def drawn(images: int) -> Callable[[], Tensor]:
         draw, labels_B = drawing(tokenizer, images), torch.arange(images) % 1000
-        return context.timed(lambda: draw(labels_B, range(images)), rounds, warm)
+        return lambda: draw(labels_B, range(images))
 
     images = context.scale.images(SAMPLED)
-    taken = timed(images, 3, 2)
+    draw = drawn(images)
+    taken = context.timed(draw, 3, 2)
     context.add(f"{name}_imgs_per_s", images / statistics.median(taken), spread(taken) | {"batch": images})
     if name == "sample_d16":
-        taken = timed(1, 9, 3)
+        taken = context.timed(drawn(1), 9, 3)
         context.add(f"{name}_latency_ms", 1e3 * statistics.median(taken), spread(taken))
+        profile_drawing(context, name, draw)
 
 
 def decoded(tokenizer: Any, f_hat_BChw: Tensor) -> Tensor:

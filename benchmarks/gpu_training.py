@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu_context import Context
+from benchmarks.gpu_profile import profile_training
 from benchmarks.harness import spread
 from mvar.plan.gpus import recognise
 
@@ -76,6 +77,7 @@ def train_on(context: Context, world: Any, depth: int, images: int, recompute: A
         context.add(f"{name}_memory_vs_plan", peak / memory(sizes, setup, images).peak)
     if depth == 16:
         save(context, run, folder / "checkpoints")
+        profile_training(context, name, run)
 
 
 def made_up_weights() -> Callable[[str, tuple[int, ...]], Tensor]:
