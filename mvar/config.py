@@ -143,7 +143,7 @@ class EngineConfig(Section):
         1800, description="end with stacks in the log after so long without progress, seconds; 0: never"
     )
     watchdog_start_s: NonNegativeFloat | None = Field(
-        None, description="the same at the start (staging, resuming, compiling); default: watchdog_s"
+        None, description="the same at the start, counted from the last headway of any rank; default: watchdog_s"
     )
     watchdog_step_s: NonNegativeFloat | None = Field(None, description="the same in a step; default: watchdog_s")
     watchdog_validate_s: NonNegativeFloat | None = Field(

@@ -29,6 +29,7 @@ from mvar.run import world as worlds
 from mvar.run.command import run_training
 from mvar.run.film import FILM, write_film
 from mvar.run.folder import RunFolder
+from mvar.run.heartbeat import Heartbeat
 from mvar.run.history import History
 from mvar.run.launcher import detect
 from mvar.run.loop import Session, TrainingLoop, claim, due
@@ -61,6 +62,7 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
     run = RunFolder(config.run)
     with ExitStack() as stack:
         watchdog = stack.enter_context(open_watchdog(run, config, world))
+        heartbeat = stack.enter_context(Heartbeat(watchdog, world))
         startup = Startup(watchdog)
         world.together(lambda: require_repeatable(config, world.device))
         job = world.together(lambda: prepare(config, world.size, world.place.local_size))
@@ -87,10 +89,11 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
         startup.passed("checkpoint")
         objective = Objective(job.store.quantizer(), world.device, config.optim.label_smoothing)
         engine = Engine(config, job.model, job.plan, job.split, objective, world)
-        be_patient(config.engine.limits_s().values())
+        be_patient([0])  # Groups of DeepSpeed's own; the heartbeat's end sets their limits.
         startup.passed("model and engine")
         begun = begin(engine, run, job, world, found)
         startup.passed("weights")
+        heartbeat.end()
         announce(world, [*engine.chosen, *chosen(job, world)])
         history.runs_on(world.devices)
         history.going_on(begun.step)
@@ -104,7 +107,8 @@ def train(config: TrainConfig, world: World, *, from_scratch: bool = False, chan
                 world.raise_together(beyond_help(bad, config) if not left and world.is_main else None)
                 watchdog.feed("start")
                 left_out = job.plan.samples(bad.done)
-                job, begun = go_back(engine, run, job, world, bad)
+                with Heartbeat(watchdog, world):
+                    job, begun = go_back(engine, run, job, world, bad)
                 history.went_back(bad.first, bad.done - 1, begun.step, left_out - begun.samples)
         raise AssertionError("the last round returns or raises")
 

@@ -35,11 +35,12 @@ from mvar.log import log, tell, write_to
 from mvar.run import world as worlds
 from mvar.run.command import run_training
 from mvar.run.folder import RunFolder
+from mvar.run.heartbeat import Heartbeat
 from mvar.run.history import History
 from mvar.run.loop import Session, TrainingLoop, Votes, claim, due
 from mvar.run.stopping import StopRequests, Watchdog
 from mvar.run.tracking import Stopwatch, Tracker, wandb_mode
-from mvar.run.world import World, be_patient
+from mvar.run.world import World
 from mvar.settings import describe, dump, load
 from mvar.tokenizer.files import save_tokenizer, sha256_of
 from mvar.tokenizer.training.config import LossConfig, TokenizerTrainConfig
@@ -89,7 +90,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
     with ExitStack() as stack:
         limits_s: dict[Phase, float] = dict.fromkeys(("start", "step", "validate", "save"), config.watchdog_s)
         watchdog = stack.enter_context(Watchdog(limits_s))
-        be_patient(limits_s.values())
+        heartbeat = stack.enter_context(Heartbeat(watchdog, world))
         world.together(lambda: require_work_for_all(config.batch, world))
         terms = world.together(lambda: loss_terms(config.loss, world.device))
         # One listing for all: a folder that changes in between would be two data sets.
@@ -143,6 +144,7 @@ def train(config: TokenizerTrainConfig, world: World) -> int:
         tracker = stack.enter_context(_tracker(config, world, done))
         feed = Feed(stack.enter_context(closing(pictures.batches(done, config.steps))), 1)
         kept = Kept(states, identity, history)
+        heartbeat.end()
         return TokenizerTraining(session, feed, config, trainer, held_out, left_out, kept, tracker).loop(done)
 
 

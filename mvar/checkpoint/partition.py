@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mvar import headway
 from mvar.errors import BackendError
 
 WEIGHT = "weight"
@@ -226,6 +227,7 @@ class Partition:
                         values = source(piece, kind)
                         if values is not None:
                             view.narrow(0, piece.offset, piece.count).copy_(values)
+                        headway.made()
                 if self.stage == 3:
                     zero._reassign_or_swap_out_partitioned_parameters(number)
 

@@ -28,6 +28,7 @@ import pydantic
 import torch
 from numpy.typing import NDArray
 
+from mvar import headway
 from mvar.config import ReaderKind
 from mvar.data import staging
 from mvar.data.manifest import INDEX, QUANTIZER, Manifest, SplitInfo, check_file
@@ -224,6 +225,7 @@ class Split:
             own = slice(*self._first_sample[number : number + 2])
             for view in range(self.views):
                 resident[own, view] = windows[self._offset_N[own] // 2 + view * self.tokens]
+            headway.made()
 
     def hold(self, resident: U16) -> None:
         """From now on take codes from `resident`, which holds all of them; no file is touched any more."""

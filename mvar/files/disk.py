@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mvar import headway
 from mvar.errors import WriteError
 
 BLOCK_BYTES = 1 << 20
@@ -278,6 +279,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
+            headway.made()
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from mvar import headway
 from mvar.errors import StoreError
 from mvar.files.disk import BLOCK_BYTES, writing
 
@@ -23,6 +24,7 @@ def fetch(url: str, path: Path, *, sha256: str | None = None) -> None:
         for block in _blocks(url):
             digest.update(block)
             file.write(block)
+            headway.made()
         if sha256 is not None and digest.hexdigest() != sha256:
             raise StoreError(
                 f"{url}: arrived damaged, sha256 {digest.hexdigest()[:12]}... instead of {sha256[:12]}... "

@@ -90,7 +90,7 @@ class Watchdog:
     """
 
     def __init__(self, limits_s: Mapping[Phase, float], last_words: Callable[[], object] | None = None) -> None:
-        self._limits_s, self._last_words = limits_s, last_words
+        self.limits_s, self._last_words = limits_s, last_words
         self._deadline = math.inf
         self._ended = threading.Event()
 
@@ -102,7 +102,7 @@ class Watchdog:
 
     def feed(self, phase: Phase = "step") -> None:
         """Progress was made; what comes now is `phase`."""
-        limit_s = self._limits_s[phase]
+        limit_s = self.limits_s[phase]
         if limit_s:
             faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.stderr)
         else:

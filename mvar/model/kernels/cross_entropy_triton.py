@@ -34,7 +34,7 @@ class _CrossEntropy(torch.autograd.Function):
         correct_N = torch.empty(count, dtype=torch.bool, device=logits_NV.device)
         if count:
             with on(logits_NV):
-                forward_kernel[(count,)](
+                cross_entropy_forward_kernel[(count,)](
                     logits_NV, codes_N, total_N, loss_N, nll_N, correct_N, smoothing,
                     WIDTH=words, BLOCK=block(words), SMOOTH=smoothing != 0, num_warps=warps(block(words)),
                 )  # fmt: skip
@@ -51,7 +51,7 @@ class _CrossEntropy(torch.autograd.Function):
         dlogits_NV = torch.empty_like(logits_NV)
         if count:
             with on(logits_NV):
-                backward_kernel[(count,)](
+                cross_entropy_backward_kernel[(count,)](
                     logits_NV, codes_N, total_N, dloss_N.contiguous(), dlogits_NV, ctx.smoothing,
                     WIDTH=words, BLOCK=block(words), num_warps=warps(block(words)),
                 )  # fmt: skip
@@ -59,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 @triton.jit
-def forward_kernel(
+def cross_entropy_forward_kernel(
     logits_ptr,
     codes_ptr,
     total_ptr,
@@ -93,7 +93,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def cross_entropy_backward_kernel(
     logits_ptr,
     codes_ptr,
     total_ptr,

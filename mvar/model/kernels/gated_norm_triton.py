@@ -52,7 +52,7 @@ def forward(y_BLI: Tensor, z_BLI: Tensor, weight_I: Tensor, eps: float) -> tuple
     runs, each = cut(count, FORWARD_PROGRAMS)
     if count:
         with on(y_BLI):
-            forward_kernel[(runs,)](
+            gated_norm_forward_kernel[(runs,)](
                 y_TI, z_TI, weight_I, out_BLI, rstd_T, count, each, y_TI.stride(0), z_TI.stride(0), eps,
                 WIDTH=width, BLOCK=block(width), Z_ALIGNED=_aligned(z_TI), STAGES=FORWARD_STAGES,
                 num_warps=warps(block(width)),
@@ -73,7 +73,7 @@ def backward(
     partial_RI = dy_BLI.new_empty(runs, width, dtype=torch.float32)
     if count:
         with on(y_BLI):
-            backward_kernel[(runs,)](
+            gated_norm_backward_kernel[(runs,)](
                 dout_TI, y_TI, z_TI, weight_I, rstd_T, dy_BLI, dz_TI, partial_RI,
                 count, each, dout_TI.stride(0), y_TI.stride(0), z_TI.stride(0), dz_TI.stride(0),
                 WIDTH=width, BLOCK=block(width), Z_ALIGNED=_aligned(z_TI), DZ_ALIGNED=_aligned(dz_TI),
@@ -88,7 +88,7 @@ def _aligned(x_TI: Tensor) -> int:
 
 
 @triton.jit(do_not_specialize=("count", "each"))
-def forward_kernel(
+def gated_norm_forward_kernel(
     y_ptr,
     z_ptr,
     weight_ptr,
@@ -121,7 +121,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=("count", "each"))
-def backward_kernel(
+def gated_norm_backward_kernel(
     dout_ptr,
     y_ptr,
     z_ptr,

@@ -44,7 +44,7 @@ class _QKNorm(torch.autograd.Function):
         runs, tokens = cut(batch * length, FORWARD_PROGRAMS * group // heads, tile)
         if q_BLHD.numel():
             with on(qkv_BL3HD):
-                forward_kernel[(runs * (heads // group),)](
+                qk_norm_forward_kernel[(runs * (heads // group),)](
                     qkv_BL3HD, scale_H, q_BLHD, k_BLHD, batch * length, tokens, floor,
                     HEADS=heads, WIDTH=head_width, GROUP=group, TILE=tile, STAGES=FORWARD_STAGES, num_warps=WARPS,
                 )  # fmt: skip
@@ -64,7 +64,7 @@ class _QKNorm(torch.autograd.Function):
         partial = qkv_BL3HD.new_empty(runs, heads // group, tile, group, dtype=torch.float32)
         if qkv_BL3HD.numel():
             with on(qkv_BL3HD):
-                backward_kernel[(runs * (heads // group),)](
+                qk_norm_backward_kernel[(runs * (heads // group),)](
                     qkv_BL3HD, scale_H, dq_THD, dk_THD, dv_THD, dqkv_BL3HD, partial,
                     batch * length, tokens, dq_THD.stride(0), dk_THD.stride(0), dv_THD.stride(0), ctx.floor,
                     HEADS=heads, WIDTH=head_width, GROUP=group, TILE=tile, STAGES=BACKWARD_STAGES, num_warps=WARPS,
@@ -88,7 +88,7 @@ def _tokens(x_BLHD: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=("tokens", "each"))
-def forward_kernel(
+def qk_norm_forward_kernel(
     qkv_ptr,
     scale_ptr,
     q_ptr,
@@ -125,7 +125,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=("tokens", "each"))
-def backward_kernel(
+def qk_norm_backward_kernel(
     qkv_ptr,
     scale_ptr,
     dq_ptr,

@@ -66,7 +66,7 @@ class _ResidualNorm(torch.autograd.Function):
         parts, rows = cut(length, max(1, FORWARD_PROGRAMS // max(batch, 1)))
         if x_BLC.numel():
             with on(x_BLC):
-                forward_kernel[(batch * parts,)](
+                residual_norm_forward_kernel[(batch * parts,)](
                     row_x_BLC, h_BLC, gate_BC, scale_BC, shift_BC, new_BLC, y_BLC, mean_BL, rstd_BL,
                     length, parts, rows, _stride(gate_BC), _stride(scale_BC), _stride(shift_BC), eps,
                     WIDTH=width, BLOCK=block(width), STAGES=FORWARD_STAGES, num_warps=warps(block(width)),
@@ -99,7 +99,7 @@ class _ResidualNorm(torch.autograd.Function):
         dgate, dscale, dshift = partial_3BPC.unbind()
         if some_BLC.numel():
             with on(some_BLC):
-                backward_kernel[(batch * parts,)](
+                residual_norm_backward_kernel[(batch * parts,)](
                     new_BLC, h_BLC, gate_BC, scale_BC, mean_BL, rstd_BL, dnew_BLC, dy_BLC,
                     None if scale_BC is None else dx_BLC, dh_BLC, dgate, dscale, dshift,
                     length, parts, rows, _stride(gate_BC), _stride(scale_BC),
@@ -125,7 +125,7 @@ def _stride(vector_BC: Tensor | None) -> int:
 
 
 @triton.jit(do_not_specialize=("length", "parts", "rows"))
-def forward_kernel(
+def residual_norm_forward_kernel(
     x_ptr,
     h_ptr,
     gate_ptr,
@@ -175,7 +175,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=("length", "parts", "rows"))
-def backward_kernel(
+def residual_norm_backward_kernel(
     new_ptr,
     h_ptr,
     gate_ptr,

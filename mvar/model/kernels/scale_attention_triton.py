@@ -67,7 +67,7 @@ class _ScaleAttention(torch.autograd.Function):
         out_BLHD = qkv_BL3HD.new_empty(batch, length, heads, width)
         log_sums_BHL = qkv_BL3HD.new_empty(batch, heads, length, dtype=torch.float32)
         with on(qkv_BL3HD):
-            forward_kernel[(triton.cdiv(length, TILE), batch * heads)](
+            scale_attention_forward_kernel[(triton.cdiv(length, TILE), batch * heads)](
                 qkv_BL3HD, scale_H, bounds_2L, out_BLHD, log_sums_BHL, length, softmax_scale * LOG2E, floor,
                 **_constants(qkv_BL3HD, scale_H),
             )  # fmt: skip
@@ -86,11 +86,11 @@ class _ScaleAttention(torch.autograd.Function):
         dscale_BHR = log_sums_BHL.new_empty(batch, heads, tiles)
         constants = _constants(qkv_BL3HD, scale_H)
         with on(qkv_BL3HD):
-            query_gradient_kernel[(tiles, batch * heads)](
+            scale_attention_query_gradient_kernel[(tiles, batch * heads)](
                 qkv_BL3HD, scale_H, bounds_2L, out_BLHD, dout_BLHD, log_sums_BHL, inner_BHL, dqkv_BL3HD, dscale_BHR,
                 length, ctx.softmax_scale, ctx.softmax_scale * LOG2E, ctx.floor, **constants,
             )  # fmt: skip
-            key_value_gradient_kernel[(tiles, batch * heads)](
+            scale_attention_key_value_gradient_kernel[(tiles, batch * heads)](
                 qkv_BL3HD, scale_H, bounds_2L, dout_BLHD, log_sums_BHL, inner_BHL, dqkv_BL3HD,
                 length, ctx.softmax_scale, ctx.softmax_scale * LOG2E, ctx.floor, **constants,
             )  # fmt: skip
@@ -112,7 +112,7 @@ def _constants(qkv_BL3HD: Tensor, scale_H: Tensor | None) -> dict[str, Any]:
 
 
 @triton.jit(do_not_specialize=("length",))
-def forward_kernel(
+def scale_attention_forward_kernel(
     qkv_ptr,
     scale_ptr,
     bounds_ptr,
@@ -157,7 +157,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=("length",))
-def query_gradient_kernel(
+def scale_attention_query_gradient_kernel(
     qkv_ptr,
     scale_ptr,
     bounds_ptr,
@@ -216,7 +216,7 @@ def query_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=("length",))
-def key_value_gradient_kernel(
+def scale_attention_key_value_gradient_kernel(
     qkv_ptr,
     scale_ptr,
     bounds_ptr,
