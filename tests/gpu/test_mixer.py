@@ -76,8 +76,9 @@ def reference_state(width: int, images: int) -> MambaState:
 
 
 def mixer(width: int, backend: MambaBackend, weights: dict[str, Tensor], device: torch.device, mode: Mode) -> nn.Module:
-    if backend == "mamba_ssm" and device.type == "cpu" and (ON != "interpreter" or mode.dtype != torch.float32):
-        pytest.skip("mamba-ssm's kernels need a GPU (MVAR_GPU_TESTS_ON=interpreter: float32 alone)")
+    kernels = backend in ("mamba_ssm", "triton")
+    if kernels and device.type == "cpu" and (ON != "interpreter" or mode.dtype != torch.float32):
+        pytest.skip("the kernels need a GPU (MVAR_GPU_TESTS_ON=interpreter: float32 alone)")
     module = backend_or_skip(lambda: Mamba2(width, backend=backend))
     place(module, weights, device, mode)
     return module

@@ -277,7 +277,7 @@ def test_the_convolutions_kernel_gets_rows_that_begin_where_it_wants_them(
         return x_BKL
 
     kernels = mamba_ssm.Kernels(conv, None, None, True)
-    monkeypatch.setattr(mamba_ssm, "kernels", lambda: kernels)
+    monkeypatch.setattr(mamba_ssm, "entry_points", lambda: kernels)
     x_BLK = torch.randn(images, tokens, rows)[..., 256:640]
     found_BLK = mamba_ssm.convolve(x_BLK, torch.zeros(384, 4), torch.zeros(384), None)
     (x_BKL,) = seen

@@ -20,7 +20,7 @@ from mvar.checkpoint.published import published_state_dict
 from mvar.config import ModelConfig
 from mvar.errors import BackendError, ConfigError
 from mvar.model.init import init_weights_
-from mvar.model.kernels import mamba_ssm as mamba_kernels
+from mvar.model import mamba_backend
 from mvar.model.kernels.optional import Loaded, load
 from mvar.model.transformer import MVAR, DecodeState, drop_path_rates
 from mvar.scales import PATCH_NUMS_512
@@ -375,10 +375,10 @@ def test_inputs_that_do_not_fit_the_scales_are_refused() -> None:
 @pytest.fixture
 def no_memory() -> Iterator[None]:
     """Imports and choices are remembered for a process: forget them before and after."""
-    for forget in (load, mamba_kernels.choose):
+    for forget in (load, mamba_backend.choose):
         forget.cache_clear()
     yield
-    for forget in (load, mamba_kernels.choose):
+    for forget in (load, mamba_backend.choose):
         forget.cache_clear()
 
 
@@ -391,7 +391,7 @@ def test_mamba_kernels_asked_for_by_name_and_missing_name_the_packages(monkeypat
 
 @pytest.mark.usefixtures("no_memory")
 def test_mamba_kernels_asked_for_by_name_refuse_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mamba_kernels, "kernels", lambda: None)
+    monkeypatch.setattr(mamba_backend, "load", lambda _: Loaded(None))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = small(mamba_backend="mamba_ssm")
     with pytest.raises(BackendError, match="need a CUDA device"):
@@ -406,19 +406,27 @@ def test_mamba_kernels_that_cannot_be_imported_are_done_without_and_the_reason_i
     broken = ModuleType("causal_conv1d")
     broken.__getattr__ = lambda name: (_ for _ in ()).throw(OSError(f"undefined symbol behind {name}"))  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "causal_conv1d", broken)
-    told = mamba_kernels.choose("auto", torch.bfloat16, torch.device("cuda"), True)
-    assert told.way == "torch" and "OSError: undefined symbol" in told.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    told = mamba_backend.choose("auto", torch.bfloat16, torch.device("cuda"), True)
+    assert told.way == "triton" and "OSError: undefined symbol" in told.reason and not told.slow
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    mamba_backend.choose.cache_clear()
+    old = mamba_backend.choose("auto", torch.bfloat16, torch.device("cuda"), True)
+    assert old.way == "torch" and "compute capability 8.0" in old.reason and old.slow
 
 
 @pytest.mark.usefixtures("no_memory")
 def test_mamba_kernels_are_not_taken_where_fp32_means_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    monkeypatch.setattr(mamba_kernels, "load", lambda _: Loaded(None))
-    assert mamba_kernels.choose("auto", torch.bfloat16, gpu, False).way == "mamba_ssm"
-    assert mamba_kernels.choose("auto", torch.float32, gpu, True).way == "mamba_ssm"
-    exact = mamba_kernels.choose("auto", torch.float32, gpu, False)
-    assert exact.way == "torch" and "TF32" in exact.reason
-    assert mamba_kernels.choose("auto", torch.bfloat16, torch.device("cpu"), False).way == "torch"
+    monkeypatch.setattr(mamba_backend, "load", lambda _: Loaded(None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert mamba_backend.choose("auto", torch.bfloat16, gpu, False).way == "mamba_ssm"
+    assert mamba_backend.choose("auto", torch.float32, gpu, True).way == "mamba_ssm"
+    exact = mamba_backend.choose("auto", torch.float32, gpu, False)
+    assert exact.way == "triton" and "TF32" in exact.reason
+    assert mamba_backend.choose("auto", torch.float64, gpu, False).way == "torch"
+    assert mamba_backend.choose("auto", torch.bfloat16, torch.device("cpu"), False).way == "torch"
 
 
 @pytest.mark.usefixtures("no_memory")

@@ -26,7 +26,7 @@ from tests.triton_compiler import Launch, recorded
 
 TOKENS = 680
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-SPILLED_BYTES = {80: 160, 90: 0, 100: 0}
+SPILLED_BYTES = {80: 256, 90: 0, 100: 0}
 """What a thread keeps outside of its registers, at most: the kernels are made for Hopper and later."""
 PARAMETERS = [name for name, _ in Mamba2(32, backend="torch").named_parameters()]
 
