@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup setup-dev demo test test-slow test-slurm test-gallery test-gpu lint bench bench-gpu bundle clean
+.PHONY: setup setup-dev demo test test-slow test-slurm test-gallery test-fake-cuda test-gpu lint bench bench-gpu bundle clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -34,7 +34,7 @@ demo: setup
 
 # Two at once, each with one thread: most tests are one thread's work. A file's tests stay together, and share what is costly.
 test: setup-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 -m "not slow and not slurm and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 -m "not slow and not slurm and not gpu and not fake_cuda"
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
@@ -56,6 +56,20 @@ $(GALLERY)/.ready: $(VENV)/.ready-dev pyproject.toml
 test-gallery: $(GALLERY)/.ready
 	OMP_NUM_THREADS=1 $(GALLERY)/bin/python -m pytest --durations=10 tests/integration/test_gallery.py
 
+# torch's CUDA build, which needs no GPU to be installed: several GB of downloads, 5 GB of disk. It lies in an environment
+# of its own, on top of .venv. Three equals signs, because ==2.13.0 may be had as 2.13.0+cpu.
+FAKE_CUDA := .venv-cuda
+$(FAKE_CUDA)/.ready: $(VENV)/.ready-dev requirements.txt
+	rm -rf $(FAKE_CUDA) && $(BIN)/python -m venv $(FAKE_CUDA)
+	$(FAKE_CUDA)/bin/pip install -q "$$(sed -n 's/^torch==/torch===/p' requirements.txt)"
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(FAKE_CUDA)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	touch $@
+
+# What only a GPU does, with tensors on "cuda" that have no values.
+test-fake-cuda: $(FAKE_CUDA)/.ready
+	OMP_NUM_THREADS=1 $(FAKE_CUDA)/bin/python -m pytest -n 2 --durations=10 -m fake_cuda tests/fake_cuda
+
 # For a machine with a GPU, with the Python that is there: the .venv, or one that a bundle made ready (docs/gpu.md).
 test-gpu:
 	python3 -m pytest -m gpu tests/gpu $$(python3 -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadgroup")
@@ -76,4 +90,4 @@ bench: setup-dev
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(GALLERY) .cache demo runs
+	rm -rf $(VENV) $(GALLERY) $(FAKE_CUDA) .cache demo runs

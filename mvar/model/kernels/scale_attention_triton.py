@@ -48,7 +48,7 @@ def bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     lengths_S = torch.tensor(lengths)
     after_S = lengths_S.cumsum(0)
     both_2S = torch.stack((after_S - lengths_S, after_S))
-    return both_2S.repeat_interleave(lengths_S, dim=1).to(device, torch.int32)
+    return both_2S.repeat_interleave(lengths_S, dim=1, output_size=sum(lengths)).to(device, torch.int32)
 
 
 class _ScaleAttention(torch.autograd.Function):
