@@ -12,8 +12,10 @@ train_dN      train_dN_imgs_per_s, _mfu, _step_ms, _peak_gib, _memory_vs_plan: `
               context train_d16_profile (kinds of kernels, when the GPU waits and what the host does then) and
               train_d16_host (where Python is)
 train_var16   train_var16_imgs_per_s: VAR-d16 in plain torch with autocast and fused AdamW, same batch
-mixer         mixer_ms: our Mamba-2 between its two linear layers, forward and backward, 64 images, width 1,024, bf16;
-              mixer_mamba_ssm_chunkN_ms: mamba-ssm's fused call for the same; mixer_vs_mamba_ssm: against its fastest
+mixer         mixer_ms: our kernels of Mamba-2 between its two linear layers, forward and backward, 64 images, width
+              1,024, bf16; mixer_mamba_ssm_chunkN_ms: mamba-ssm's fused call for the same; mixer_vs_mamba_ssm: against
+              its fastest; mixer_profile: time by kernel of ours
+train_d16_triton, sample_d16_triton  the same as without, on our kernels of the mixer where `auto` takes mamba-ssm's
 sample_dN     sample_dN_imgs_per_s: 128 images with guidance and decoder, bf16; sample_d16_latency_ms: one image;
               sample_d16_profile: time by kind of kernel of 128 images
 sample_var30  sample_var30_imgs_per_s: key-value cache, same quantizer, filters and decoder; sample_d24_vs_var30
@@ -47,6 +49,8 @@ PARTS: dict[str, tuple[int, Callable[[Context], None]]] = {
     "train_d16": (130, lambda context: train(context, 16, 64)),
     "sample_d16": (80, lambda context: sample(context, 16)),
     "mixer": (60, mixer),
+    "train_d16_triton": (60, lambda context: train(context, 16, 64, mamba="triton")),
+    "sample_d16_triton": (60, lambda context: sample(context, 16, mamba="triton")),
     "tokenize": (60, tokenize),
     "sample_d24": (60, lambda context: sample(context, 24)),
     "sample_var30": (60, lambda context: sample_var(context, 30)),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report, seconds_of
+from mvar.config import MambaBackend
 
 GOALS = {
     "train_d16_imgs_per_s": ">= 300",
@@ -87,6 +88,15 @@ class Context:
         self.wait()
         return [seconds_of(run) for _ in range(rounds)]
 
+    def mixer(self, wanted: MambaBackend) -> MambaBackend:
+        """Whose kernels compute Mamba-2: `wanted`, or in a rehearsal what a CPU has."""
+        return wanted if self.device.type == "cuda" else "auto"
+
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def with_mixer(mamba: MambaBackend) -> str:
+    """The end of a part's name where it does not leave the choice of the mixer's kernels to `auto`."""
+    return "" if mamba == "auto" else f"_{mamba}"

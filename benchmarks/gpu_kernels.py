@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_context import Context
+from benchmarks.gpu_profile import profile_calls
 
 CHUNKS = (64, 128, 256)
 
@@ -46,7 +47,7 @@ def mixer(context: Context) -> None:
 
     images, tokens, width = (2, 30, 64) if context.scale.tiny else (64, 680, 1024)
     with context.device:
-        module = Mamba2(width)
+        module = Mamba2(width, backend=context.mixer("triton"))
     nn.init.uniform_(module.A_log, 0.0, 2.7)
     rows = module.in_proj.weight.shape[0]
     # What lies between the linear layers, with the parameters as a 16-bit engine keeps them.
@@ -85,6 +86,7 @@ def mixer(context: Context) -> None:
         theirs_s.append(statistics.median(context.timed(both_ways(call, *leaves, *decays), 20, 5)))
         context.add(f"mixer_mamba_ssm_chunk{chunk}_ms", 1e3 * theirs_s[-1])
     context.add("mixer_vs_mamba_ssm", min(theirs_s) / ours_s)
+    profile_calls(context, "mixer", both_ways(module, zxbcdt_BLE))
 
 
 WARM = """

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_context import Context
-from benchmarks.gpu_profile import profile_drawing
+from benchmarks.gpu_context import Context, with_mixer
+from benchmarks.gpu_profile import profile_calls
 from benchmarks.harness import spread
+from mvar.config import MambaBackend
 
 SAMPLED = 128
 
@@ -42,7 +43,7 @@ def sampling(context: Context, name: str, drawing: Callable[[Any, int], Callable
     if name == "sample_d16":
         taken = context.timed(drawn(1), 9, 3)
         context.add(f"{name}_latency_ms", 1e3 * statistics.median(taken), spread(taken))
-        profile_drawing(context, name, draw)
+        profile_calls(context, name, draw)
 
 
 def decoded(tokenizer: Any, f_hat_BChw: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def decoded(tokenizer: Any, f_hat_BChw: Tensor) -> Tensor:
     return pixels
 
 
-def sample(context: Context, depth: int) -> None:
+def sample(context: Context, depth: int, mamba: MambaBackend = "auto") -> None:
     """As `mvar sample` draws: our kernels, one CUDA graph from labels to pixels."""
     from mvar import MVAR
     from mvar.model.kernels import fused
@@ -64,7 +65,7 @@ def sample(context: Context, depth: int) -> None:
     Arithmetic.of("bf16", "auto", context.device).apply()
     fused.switch(on_gpu)
     with context.device:
-        model = MVAR(context.scale.depth(depth), **context.scale.geometry)
+        model = MVAR(context.scale.depth(depth), mamba_backend=context.mixer(mamba), **context.scale.geometry)
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     model.store_matmuls_(torch.bfloat16).eval()
 
@@ -73,7 +74,7 @@ def sample(context: Context, depth: int) -> None:
             model, tokenizer, images, lambda f_hat: decoded(tokenizer, f_hat), DEFAULTS, graphed=on_gpu
         )
 
-    sampling(context, f"sample_d{depth}", drawing)
+    sampling(context, f"sample_d{depth}" + with_mixer(mamba), drawing)
 
 
 def sample_var(context: Context, depth: int) -> None:

@@ -45,15 +45,15 @@ def profile_training(context: Context, name: str, run: Run) -> None:
                 print(f"    {row['share']:8.3f}  {row['thread']}  {row['where']}", flush=True)
 
 
-def profile_drawing(context: Context, name: str, draw: Callable[[], object]) -> None:
-    """One batch, as one step."""
+def profile_calls(context: Context, name: str, call: Callable[[], object]) -> None:
+    """One call, as one step."""
 
     def step() -> None:
         with phase(STEP):
-            draw()
+            call()
 
     with _at_no_cost(context, f"{name}_profile"):
-        _profile(context, f"{name}_profile", step, draw)
+        _profile(context, f"{name}_profile", step, call)
 
 
 def take_steps(run: Run, count: int) -> None:

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu_context import Context
+from benchmarks.gpu_context import Context, with_mixer
 from benchmarks.gpu_profile import profile_training
 from benchmarks.harness import spread
+from mvar.config import MambaBackend
 from mvar.plan.gpus import recognise
 
 
-def train(context: Context, depth: int, batch: int, recompute: Any = "off") -> None:
+def train(context: Context, depth: int, batch: int, recompute: Any = "off", mamba: MambaBackend = "auto") -> None:
     """`mvar train`'s step through DeepSpeed, on made-up codes; with half the images where they do not fit."""
     from mvar.run import world as processes
 
@@ -28,7 +29,7 @@ def train(context: Context, depth: int, batch: int, recompute: Any = "off") -> N
     while True:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                train_on(context, world, depth, images, recompute, Path(folder))
+                train_on(context, world, depth, images, recompute, mamba, Path(folder))
             break
         except torch.OutOfMemoryError:
             print(f"  {images} images do not fit", flush=True)
@@ -40,19 +41,26 @@ def train(context: Context, depth: int, batch: int, recompute: Any = "off") -> N
     processes.finish()
 
 
-def train_on(context: Context, world: Any, depth: int, images: int, recompute: Any, folder: Path) -> None:
+def train_on(
+    context: Context, world: Any, depth: int, images: int, recompute: Any, mamba: MambaBackend, folder: Path
+) -> None:
     from benchmarks.checkpoint import Run
     from mvar.config import TrainConfig
     from mvar.plan.flops import flops
     from mvar.plan.memory import Setup, memory
     from mvar.plan.sizes import Sizes
 
-    name = f"train_d{depth}"
+    name = f"train_d{depth}" + with_mixer(mamba)
     tree: dict[str, Any] = {
         "run": str(folder),
         "global_batch": images,
         "data": {"store": "none"},
-        "model": {"depth": context.scale.depth(depth), "num_classes": 1000, **context.scale.geometry},
+        "model": {
+            "depth": context.scale.depth(depth),
+            "num_classes": 1000,
+            "mamba_backend": context.mixer(mamba),
+            **context.scale.geometry,
+        },
         "engine": {"precision": "bf16", "ds_config": "ds_configs/zero2.json", "activation_checkpointing": recompute},
     }
     for key, value in context.overrides.items():
@@ -75,7 +83,7 @@ def train_on(context: Context, world: Any, depth: int, images: int, recompute: A
         context.add(f"{name}_peak_gib", peak / 2**30)
         setup = Setup(2, "bf16", 1, recompute=config.engine.activation_checkpointing)
         context.add(f"{name}_memory_vs_plan", peak / memory(sizes, setup, images).peak)
-    if depth == 16:
+    if name == "train_d16":
         save(context, run, folder / "checkpoints")
         profile_training(context, name, run)
 

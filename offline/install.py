@@ -131,7 +131,10 @@ def add_extension(began_s: float, arch: str | None) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
         if done.returncode:
             print("\n".join((done.stdout + done.stderr).splitlines()[-30:]), file=sys.stderr)
-            say(began_s, f"{EXTENSION} could not be built (above): mvar falls back to model.mamba_backend=torch")
+            say(
+                began_s,
+                f"{EXTENSION} could not be built (above): mvar takes its own kernels, model.mamba_backend=triton",
+            )
             return
         say(began_s, f"{EXTENSION} built for {arch}; kept in built/{tag}")
     shutil.copy(built, SITE / built.name)

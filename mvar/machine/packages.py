@@ -47,7 +47,7 @@ class Package:
 
 KERNELS = "pip install --no-build-isolation"
 PACKAGES = (
-    Package("triton", "triton", "our kernels and mamba-ssm's: engine.compile"),
+    Package("triton", "triton", "our kernels and mamba-ssm's: engine.compile, model.mamba_backend=triton"),
     Package("causal-conv1d", "causal_conv1d", "model.mamba_backend=mamba_ssm", fix=KERNELS),
     Package("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "model.mamba_backend=mamba_ssm", fix=KERNELS),
     Package("flash-attn", "flash_attn", "model.attention_backend=flash (torch has an own kernel)", fix=KERNELS),

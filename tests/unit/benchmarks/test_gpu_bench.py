@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_context import Context, Scale
-from benchmarks.gpu_profile import profile_drawing
+from benchmarks.gpu_profile import profile_calls
 from benchmarks.harness import Report
 
 
@@ -58,7 +58,7 @@ def test_a_profile_that_fails_costs_no_figure(tmp_path: Path) -> None:
     def draw() -> None:
         raise RuntimeError("no memory")
 
-    profile_drawing(context, "sample_d16", draw)
+    profile_calls(context, "sample_d16", draw)
     found = json.loads((tmp_path / "part.json").read_text())
     assert found["figures"] == {"sample_d16_imgs_per_s": 1.0}
     assert "no memory" in found["context"]["sample_d16_profile_error"]

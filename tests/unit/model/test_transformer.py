@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvar.checkpoint.published import published_state_dict
 from mvar.config import ModelConfig
 from mvar.errors import BackendError, ConfigError
-from mvar.model.init import init_weights_
 from mvar.model import mamba_backend
+from mvar.model.init import init_weights_
 from mvar.model.kernels.optional import Loaded, load
 from mvar.model.transformer import MVAR, DecodeState, drop_path_rates
 from mvar.scales import PATCH_NUMS_512
