@@ -51,7 +51,7 @@ def choose(backend: MambaBackend, dtype: torch.dtype, device: torch.device, tf32
             raise BackendError(f"model.mamba_backend={backend}: {unfit}. Use model.mamba_backend=torch or auto.")
         require(backend)
         return Chosen("mamba", backend)
-    problems = []
+    problems: list[str] = []
     for name, importer in _KERNELS.items():
         problem = _unfit(name, dtype, device)
         if not problem and name == "mamba_ssm" and dtype == torch.float32 and not tf32:
