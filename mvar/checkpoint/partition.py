@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,16 @@ class Piece:
     @property
     def count(self) -> int:
         return self.stop - self.start
+
+
+class Copied(Protocol):
+    """The end of copies that a device may still be busy with, as torch.cuda.Event has it."""
+
+    def wait(self) -> None:
+        """Let the device finish them before whatever it is given from now on."""
+
+    def synchronize(self) -> None:
+        """Wait for them."""
 
 
 class Partition:
@@ -81,6 +91,7 @@ class Partition:
         assert all(master.dtype == torch.float32 for master in self._masters)
         self.kinds = (*KINDS, EMA) if ema else KINDS
         """What there is of every parameter."""
+        self._copied: Copied | None = None
         self._averages = [torch.zeros_like(master) for master in self._masters] if ema else []
         if ema and any(self._is_swapped(number) for number in range(len(self._masters))):
             raise BackendError("optim.ema_decay: weights that are kept on NVMe have no moving average. Set it to 0.")
@@ -207,6 +218,16 @@ class Partition:
                     for kind in self.kinds:
                         yield piece, kind, views[kind].narrow(0, piece.offset, piece.count)
 
+    def hold(self, copied: Copied) -> None:
+        """Weights and moments are being copied, until `copied`: `release_held` before they change."""
+        self._copied = copied
+
+    def release_held(self) -> None:
+        """Let the device finish the copies under way before whatever it is given next."""
+        if self._copied is not None:
+            self._copied.wait()
+        self._copied = None
+
     def layout(self) -> list[tuple[Piece, str]]:
         """Pieces and kinds in the order in which `blocks` gives them."""
         return [(piece, kind) for _, pieces in self._by_master(self.owned) for piece in pieces for kind in self.kinds]
@@ -217,6 +238,7 @@ class Partition:
         What belongs to no parameter becomes zero: DeepSpeed pads with memory that it never set. `publish` afterwards.
         """
         zero: Any = self._zero
+        self.release_held()
         if self.stage == 3:
             zero._partition_all_parameters()
         for number, pieces in self._by_master(self.held):

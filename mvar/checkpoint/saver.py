@@ -1,11 +1,11 @@
 """Checkpoints while training goes on: a snapshot in host memory, written by a thread, committed by all ranks together.
 
-    save    every rank copies its part into a buffer; a thread writes it into the checkpoint's temporary folder
+    save    every rank copies its part into host memory; a thread writes it into the checkpoint's temporary folder
     ended   in each step's one sum over ranks, every rank says whether its thread is done
     settle  when all are, the ranks exchange digests and rank 0 renames the folder: only now the checkpoint exists
 
 The thread talks to no other rank, so nothing can get out of order. At most one checkpoint is under way: `save` first
-waits for the one before. The buffer is allocated once, so memory does not grow.
+waits for the one before. The snapshot's memory is allocated once, so it does not grow.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 
 from mvar.cgroups import memory_left
 from mvar.checkpoint.partition import Partition
 from mvar.checkpoint.record import Identity, Progress
 from mvar.checkpoint.saving import Draft, gathered, note_validation
+from mvar.checkpoint.snapshot import Snapshot
 from mvar.config import CheckpointConfig
 from mvar.errors import CheckpointError, MvarError, WriteError
 from mvar.log import Chosen, log
@@ -74,7 +74,7 @@ class Saver:
         self._checkpoints, self._partition, self._world, self._identity = checkpoints, partition, world, identity
         self._settings, self._sync_records = settings, sync_records
         self._ownership = gathered(partition, world)
-        self._buffer: Tensor | None = None
+        self._snapshot = Snapshot(partition, world.device)
         without = self._ranks_without_room() if settings.background == "auto" else 0
         self._background = settings.background == "auto" and not without
         self.chosen = Chosen("saving", "while training goes on" if self._background else "training waits")
@@ -104,7 +104,7 @@ class Saver:
         if last or not self._background:
             draft.write(values for _, _, values in self._partition.blocks())
             return [*settled, self._commit(flight, began, last=last)]
-        values = self._snapshot()
+        values = self._snapshot.take()
         flight.thread = helper(lambda: draft.write(values), "mvar-checkpoint")
         flight.stall_s = time.perf_counter() - began
         self._flight = flight
@@ -161,15 +161,6 @@ class Saver:
         needed = self._partition.bytes_owned * self._world.place.local_size
         room = needed <= SNAPSHOT_SHARE * available_memory()
         return int(self._world.sum(torch.tensor([int(not room)]))[0])
-
-    def _snapshot(self) -> list[Tensor]:
-        if self._buffer is None:
-            self._buffer = torch.empty(self._partition.bytes_owned // 4)
-        copies, begin = [], 0
-        for _, _, values in self._partition.blocks():
-            copies.append(self._buffer[begin : begin + values.numel()].copy_(values))
-            begin += values.numel()
-        return copies
 
 
 def available_memory() -> int:

@@ -211,6 +211,7 @@ class Engine:
             self._engine.backward(losses.loss)
             if len(found) < len(batches):
                 self._engine.step()
+        self.partition.release_held()
         grad_norm, applied = self._update()
         if applied:
             self._publish_decays()

@@ -39,7 +39,7 @@ def run_and_die(config: str, victim: int, point: str, count: int) -> int:
 
 def arm(point: str, count: int) -> None:
 
-    from mvar.checkpoint import saver, tensors
+    from mvar.checkpoint import snapshot, tensors
     from mvar.checkpoint.loading import CheckpointReader
     from mvar.files import disk
     from mvar.run.tracking import JsonLines
@@ -47,7 +47,7 @@ def arm(point: str, count: int) -> None:
 
     owner, name = {
         "step": (Engine, "_update"),
-        "snapshot": (saver.Saver, "_snapshot"),
+        "snapshot": (snapshot.Snapshot, "take"),
         "write": (tensors, "_chunks"),
         "sync": (disk, "sync_folder"),
         "commit": (os, "rename"),

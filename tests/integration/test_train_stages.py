@@ -8,6 +8,7 @@ recomputation, which must come first).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from mvar import ds_config
+from mvar.checkpoint import snapshot
 from mvar.checkpoint.loading import CheckpointReader
 from mvar.checkpoint.partition import KINDS
 from mvar.checkpoint.saving import save
+from mvar.checkpoint.snapshot import Snapshot
 from mvar.checkpoint.weights import load_weights
 from mvar.cli import main as mvar
 from mvar.config import TrainConfig
@@ -61,6 +65,24 @@ def run_steps(engine: Engine, job: TrainingJob, world: World, first: int, last: 
     return found
 
 
+class LateCopies:
+    """A device that copies no sooner than it has to: when it is told to finish before it goes on."""
+
+    def __init__(self, *_: Any) -> None:
+        self._due: list[tuple[Tensor, Tensor]] = []
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> LateCopies:
+        self._due = list(pairs)
+        return self
+
+    def wait(self) -> None:
+        for place, values in self._due:
+            place.copy_(values)
+        self._due = []
+
+    synchronize = wait
+
+
 def train_stages(world: World, trees: dict[str, dict[str, Any]], folder: str) -> dict[str, Any]:
     """Each stage: train from the start and save on the way; restore its own and another stage's checkpoint, save it
     again unchanged, and go on from there."""
@@ -70,7 +92,11 @@ def train_stages(world: World, trees: dict[str, dict[str, Any]], folder: str) ->
         engine.initialise()
         head = run_steps(engine, job, world, 0, SAVED_AT)
         save(Path(folder) / f"stage{stage}", engine.partition, world, engine.progress(SAVED_AT), job.identity)
+        at_that_moment = [values.clone() for _, _, values in engine.partition.blocks()]
+        with patch.object(snapshot, "aside_of", LateCopies):
+            taken = Snapshot(engine.partition, world.device).take()
         results[stage] = {"whole": head + run_steps(engine, job, world, SAVED_AT, STEPS)}
+        results[stage]["snapshot"] = all(torch.equal(*pair) for pair in zip(taken, at_that_moment, strict=True))
     for stage, tree in trees.items():
         for label, source in (("same", stage), ("other", OTHER[stage])):
             engine, job = build(world, tree)
@@ -136,6 +162,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         assert ranks[0] == ranks[1], "ranks disagree about losses or gradient norms"
         results |= ranks[0]
     return Trained(folder, results, configs[0])
+
+
+@pytest.mark.parametrize("stage", [str(stage) for stage in STAGES])
+def test_a_snapshot_that_a_device_copies_late_is_of_its_moment(trained: Trained, stage: str) -> None:
+    """As on a GPU, where copies go on beside the next step: updates wait for them."""
+    assert trained.results[stage]["snapshot"]
 
 
 def test_every_stage_on_two_ranks_equals_plain_pytorch(trained: Trained, expected: list[float]) -> None:

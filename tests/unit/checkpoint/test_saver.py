@@ -73,11 +73,11 @@ def test_a_second_one_waits_for_the_first_and_uses_the_same_memory(tmp_path: Pat
     tensors = values(1)
     saving = make(tmp_path, tensors)
     saving.save(Progress(1))
-    buffer: Any = saving._buffer
+    buffer: Any = saving._snapshot._buffer
     tensors["weight"]["head.weight"].zero_()
     threading.Timer(0.2, gate.open.set).start()
     assert [saved.step for saved in saving.save(Progress(2))] == [1]
-    assert saving._buffer is buffer
+    assert saving._snapshot._buffer is buffer
     saving.settle()
     assert torch.equal(weights(tmp_path, 1), values(1)["weight"]["head.weight"].flatten())
     assert not weights(tmp_path, 2).any()
@@ -95,7 +95,7 @@ def test_without_memory_for_a_snapshot_training_waits(tmp_path: Path, monkeypatc
     saving = make(tmp_path, values(1))
     for step in (1, 2):
         assert [saved.step for saved in saving.save(Progress(step))] == [step]
-    assert saving._buffer is None
+    assert saving._snapshot._buffer is None
     assert saving.chosen == Chosen("saving", "training waits", "1 ranks lack memory for a snapshot", slow=True)
 
 
