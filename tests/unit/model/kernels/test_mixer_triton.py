@@ -26,8 +26,9 @@ from tests.triton_compiler import Launch, recorded
 
 TOKENS = 680
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-SPILLED_BYTES = {80: 256, 90: 0, 100: 0}
-"""What a thread keeps outside of its registers, at most: the kernels are made for Hopper and later."""
+SPILLED_BYTES = {80: 256, 90: 32, 100: 32}
+"""What a thread keeps outside of its registers, at most. The kernels are made for Hopper and later: with Triton 3.7 it
+is nothing there, with 3.6 24 bytes in the kernel that starts from a state."""
 PARAMETERS = [name for name, _ in Mamba2(32, backend="torch").named_parameters()]
 
 
@@ -54,6 +55,24 @@ def test_state_carried_over_the_scales_equals_float64(differences: dict[str, dic
     found = differences[f"carried {dtype}"]
     assert found.keys() == {"out", "state", "tail"}
     assert max(found.values()) < (2e-3 if dtype == "fp16" else 5e-6), found
+
+
+def test_a_training_keeps_the_input_and_the_output_of_the_scan_alone() -> None:
+    """And a number a token, of the norm; parameters are there anyway."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with recorded(causal_conv_triton, ssd_triton, gated_norm_triton):
+        module = Mamba2(64, backend="triton").to(torch.bfloat16)
+        parameters = {parameter.data_ptr() for parameter in module.parameters()}
+        zxbcdt_BLE = torch.empty(2, TOKENS, module.in_proj.weight.shape[0], dtype=torch.bfloat16).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            module._mix_triton(zxbcdt_BLE, None)
+    found = sum(size for at, size in kept.items() if at not in parameters)
+    assert found == zxbcdt_BLE.nbytes + 2 * TOKENS * (2 * 128 + 4)
 
 
 def launches(width: int, dtype: torch.dtype, precision: str = "ieee") -> list[Launch]:
