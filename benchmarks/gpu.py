@@ -19,6 +19,9 @@ train_d16_triton, sample_d16_triton  the same as without, on our kernels of the 
 sample_dN     sample_dN_imgs_per_s: 128 images with guidance and decoder, bf16; sample_d16_latency_ms: one image;
               sample_d16_profile: time by kind of kernel of 128 images
 sample_var30  sample_var30_imgs_per_s: key-value cache, same quantizer, filters and decoder; sample_d24_vs_var30
+maps          conv_CxSIDE_TYPE_LAYOUT_HOW_tflops: a 3x3 convolution of the tokenizer, 32 images, channels first and
+              last, by cuDNN's heuristics, as it tries out, as one matrix product; norm_..._ours_ms, _torch_ms: group
+              norm and SiLU
 tokenize      tokenize_bf16_imgs_per_s, tokenize_bf16_agreement (share of fp32's codes), tokenize_fp32_imgs_per_s
 """
 
@@ -39,6 +42,7 @@ import torch
 
 from benchmarks.gpu_context import GOALS, Context, Scale
 from benchmarks.gpu_kernels import machine, mixer, warm
+from benchmarks.gpu_maps import maps
 from benchmarks.gpu_pictures import sample, sample_var, tokenize
 from benchmarks.gpu_training import train, train_var
 from benchmarks.harness import Report, parser
@@ -52,6 +56,7 @@ PARTS: dict[str, tuple[int, Callable[[Context], None]]] = {
     "train_d16_triton": (60, lambda context: train(context, 16, 64, mamba="triton")),
     "sample_d16_triton": (60, lambda context: sample(context, 16, mamba="triton")),
     "tokenize": (60, tokenize),
+    "maps": (60, maps),
     "sample_d24": (60, lambda context: sample(context, 24)),
     "sample_var30": (60, lambda context: sample_var(context, 30)),
     "train_d24": (90, lambda context: train(context, 24, 32, "selective")),

@@ -28,7 +28,7 @@ KINDS = {
     "collectives": "nccl",
     "attention": "scale_attention|flash|fmha|attention|sdpa",
     "Mamba": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|\bssd_|causal_conv|_layer_norm_(fwd|bwd)",
-    "fused chains": "residual_norm|qk_norm|gated_norm|cross_entropy|^triton_",
+    "fused chains": "residual_norm|qk_norm|gated_norm|group_norm_(parts|affine|apply)|cross_entropy|^triton_",
     "optimizer": "adam|multi_tensor",
     "convolutions": "fprop|dgrad|wgrad|implicit_gemm|convolve|winograd|nchw|nhwc|cudnn",
     "matrix products": "gemm|gemv|cutlass|nvjet|cublas|splitk|matmul",

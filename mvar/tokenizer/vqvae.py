@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mvar.errors import ConfigError, TokenizerError
 from mvar.model.kernels.arithmetic import ieee
+from mvar.model.kernels.group_norm import group_norm
 from mvar.pretrained import Pretrained
 from mvar.scales import PATCH_NUMS_256
 from mvar.tokenizer.quantizer import Quantizer
@@ -169,7 +170,7 @@ class Encoder(nn.Module):
         return mixed_BChw
 
     def head(self, x_BChw: Tensor) -> Tensor:
-        out_BChw: Tensor = self.conv_out(_norm_silu(self.norm_out, x_BChw))
+        out_BChw: Tensor = self.conv_out(group_norm(self.norm_out, x_BChw, silu=True))
         return out_BChw
 
 
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
         x_BChw = self.mid(self.conv_in(x_BChw))
         for level in reversed(self.up):
             x_BChw = level(x_BChw)
-        images_BCHW: Tensor = self.conv_out(_norm_silu(self.norm_out, x_BChw))
+        images_BCHW: Tensor = self.conv_out(group_norm(self.norm_out, x_BChw, silu=True))
         return images_BCHW
 
 
@@ -250,8 +251,8 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h_BCHW: Tensor = self.conv1(_norm_silu(self.norm1, x_BCHW))
-        h_BCHW = self.conv2(_norm_silu(self.norm2, h_BCHW))
+        h_BCHW: Tensor = self.conv1(group_norm(self.norm1, x_BCHW, silu=True))
+        h_BCHW = self.conv2(group_norm(self.norm2, h_BCHW, silu=True))
         return h_BCHW.add_(self.nin_shortcut(x_BCHW) if self.nin_shortcut is not None else x_BCHW)
 
 
@@ -266,7 +267,7 @@ class PixelAttention(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         batch, width, height, breadth = x_BCHW.shape
-        qkv_BCHW = self.qkv(self.norm(x_BCHW))
+        qkv_BCHW = self.qkv(group_norm(self.norm, x_BCHW))
         # Pixels as rows: free of copying where the map is channels_last.
         qkv_BLC = qkv_BCHW.permute(0, 2, 3, 1).reshape(batch, 1, height * breadth, 3 * width)
         out_BLC = F.scaled_dot_product_attention(*qkv_BLC.chunk(3, dim=-1))
@@ -297,11 +298,6 @@ class Upsample(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out_BCHW: Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
         return out_BCHW
-
-
-def _norm_silu(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
-    """silu(norm(x)); without a new map for the result, unless a gradient needs the norm's."""
-    return F.silu(norm(x_BCHW), inplace=not torch.is_grad_enabled())
 
 
 def _norm(width: int) -> nn.GroupNorm:
