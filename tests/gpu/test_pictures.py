@@ -5,21 +5,25 @@ Shapes: B images, L tokens, H, W pixels.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from data_prep.encoder import BatchEncoder
 from mvar import MVAR, VQVAE, generate
 from mvar.model.init import init_weights_
 from mvar.model.kernels.arithmetic import ieee, products
+from mvar.model.kernels.group_norm import group_norm
 from mvar.run.world import World
 from tests.golden import golden
-from tests.gpu.parity import error
+from tests.gpu.parity import BANDS, error
 from tests.tiny_tokenizers import ALONE, some_pixels, tiny_config, tiny_trainer, write_vgg
 
 pytestmark = pytest.mark.gpu
@@ -85,6 +89,24 @@ def test_fp32_has_no_tf32_in_it(tokenizer: VQVAE, codes_of_cpu: Tensor, device: 
     errors = [error(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)]
     print(f"features, pixels, inputs: {errors}")
     assert max(errors) < EXACT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "side"), [(160, 256), (640, 16), (40, 26)])
+def test_group_norm_of_channels_last_maps_equals_float64(
+    device: torch.device, rehearsal: bool, channels: int, side: int, dtype: torch.dtype
+) -> None:
+    """Our kernels, with SiLU behind; a map far from zero, whose squares would drown its variance."""
+    generator = torch.Generator().manual_seed(side)
+    x_BCHW = (torch.randn(3, channels, side // (8 if rehearsal else 1), side, generator=generator) + 3).to(dtype)
+    norm = nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    nn.init.normal_(norm.weight, generator=generator)
+    wanted = F.silu(copy.deepcopy(norm).double()(x_BCHW.double()))
+    x_BCHW = x_BCHW.to(device).contiguous(memory_format=torch.channels_last)
+    found = group_norm(norm.to(device, dtype if rehearsal else None), x_BCHW, silu=True)
+    assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == dtype
+    assert error(found, wanted) < BANDS[dtype].value
 
 
 def test_bf16_encoding_runs(codes_of_cpu: Tensor, on_device: VQVAE, device: torch.device) -> None:
