@@ -28,8 +28,8 @@ MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
 INITIAL_LOG_SCALE = math.log(4.0)
 HOPPER = 9
-"""Major compute capability that our own kernels are made for: before, registers are too few; after, Triton 3.7.1 cannot
-compile one of them."""
+"""Major compute capability that our own kernels are made for, and were measured on: before, registers are too few; after,
+`auto` leaves them alone."""
 
 
 def varlen_layout(lengths: Sequence[int], batch: int) -> tuple[list[int], int]:
@@ -117,7 +117,7 @@ def choose(backend: AttentionBackend, dtype: torch.dtype, device: torch.device, 
         return Chosen("attention", backend)
     problems = []
     for name, importer in _KERNELS.items():
-        problem = _unfit(name, dtype, device, head_width) or load(importer).problem
+        problem = _unfit(name, dtype, device, head_width) or _unmeasured(name, device) or load(importer).problem
         if not problem:
             return Chosen("attention", name)
         problems.append(problem)
@@ -135,8 +135,15 @@ def _unfit(name: str, dtype: torch.dtype, device: torch.device, head_width: int)
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"kernels for all scales at once need compute capability 8.0, and {device} has less"
-    if name == "triton" and capability[0] != HOPPER:
-        return f"our own kernels are made for compute capability {HOPPER} (Hopper), and {device} has another"
+    if name == "triton" and capability[0] < HOPPER:
+        return f"our own kernels are made for compute capability {HOPPER} (Hopper), and {device} has less"
+    return ""
+
+
+def _unmeasured(name: str, device: torch.device) -> str:
+    """Why `auto` does not take kernels that would run."""
+    if name == "triton" and torch.cuda.get_device_capability(device)[0] > HOPPER:
+        return f"our own kernels were measured on compute capability {HOPPER} (Hopper) alone, and {device} has more"
     return ""
 
 

@@ -6,7 +6,7 @@ gradient as one tensor. No atomics: the same bits every time.
 
 Every token has bounds: the first token of its scale and the first one after it. A program owns a tile of tokens of one
 head and goes over the tokens between the tile's lowest and highest bound; a tile may hold several small scales.
-Shapes: B batch, L tokens, S scales, H heads, D head width, R tiles.
+Shapes: B batch, L tokens, S scales, H heads, D head width.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -83,18 +83,18 @@ class _ScaleAttention(torch.autograd.Function):
         dout_BLHD = dout_BLHD.contiguous()
         dqkv_BL3HD, inner_BHL = torch.empty_like(qkv_BL3HD), torch.empty_like(log_sums_BHL)
         tiles = triton.cdiv(length, TILE)
-        dscale_BHR = log_sums_BHL.new_empty(batch, heads, tiles)
+        dscale_BHL = None if scale_H is None else torch.empty_like(log_sums_BHL)
         constants = _constants(qkv_BL3HD, scale_H)
         with on(qkv_BL3HD):
             scale_attention_query_gradient_kernel[(tiles, batch * heads)](
-                qkv_BL3HD, scale_H, bounds_2L, out_BLHD, dout_BLHD, log_sums_BHL, inner_BHL, dqkv_BL3HD, dscale_BHR,
+                qkv_BL3HD, scale_H, bounds_2L, out_BLHD, dout_BLHD, log_sums_BHL, inner_BHL, dqkv_BL3HD, dscale_BHL,
                 length, ctx.softmax_scale, ctx.softmax_scale * LOG2E, ctx.floor, **constants,
             )  # fmt: skip
             scale_attention_key_value_gradient_kernel[(tiles, batch * heads)](
                 qkv_BL3HD, scale_H, bounds_2L, dout_BLHD, log_sums_BHL, inner_BHL, dqkv_BL3HD,
                 length, ctx.softmax_scale, ctx.softmax_scale * LOG2E, ctx.floor, **constants,
             )  # fmt: skip
-        dscale_H = None if scale_H is None else dscale_BHR.sum((0, 2)).to(scale_H.dtype)
+        dscale_H = None if dscale_BHL is None else dscale_BHL.sum((0, 2)).to(scale_H.dtype)
         return dqkv_BL3HD, dscale_H, None, None, None
 
 
@@ -208,8 +208,7 @@ def scale_attention_query_gradient_kernel(
     if UNIT:
         raw = _rows(qkv_ptr, row, here, 3 * HEADS * WIDTH, WIDTH, LANES).to(tl.float32)
         dq, along = _through_norm(raw, dq, scale, floor)
-        tiles = tl.num_programs(0)
-        tl.store(dscale_ptr + tl.program_id(1) * tiles + tl.program_id(0), tl.sum(tl.where(here, along, 0.0), 0))
+        tl.store(dscale_ptr + per_token + row, along, mask=here)
     _store_rows(
         dqkv_ptr + 3 * image * length * (HEADS * WIDTH) + head * WIDTH, dq, row, here, 3 * HEADS * WIDTH, WIDTH, LANES
     )

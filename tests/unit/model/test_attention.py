@@ -202,6 +202,10 @@ def test_auto_takes_our_kernels_then_torchs_then_flash_attn_then_one_call_a_scal
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert choose("auto", torch.bfloat16, GPU, 64).way == "triton"
     choose.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    assert choose("auto", torch.bfloat16, GPU, 64).way == "varlen"
+    assert choose("triton", torch.bfloat16, GPU, 64).way == "triton"
+    choose.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert choose("auto", torch.bfloat16, GPU, 64).way == "varlen"
     with pytest.raises(BackendError, match="compute capability 9"):

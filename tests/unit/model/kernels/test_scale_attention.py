@@ -45,15 +45,16 @@ def test_bounds_are_those_of_each_tokens_scale() -> None:
     assert bounds((1, 4), torch.device("cpu")).tolist() == [[0, 1, 1, 1, 1], [1, 5, 5, 5, 5]]
 
 
+@pytest.mark.parametrize("architecture", [90, 100])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("unit", [True, False])
-def test_kernels_compile_without_spills(dtype: torch.dtype, unit: bool) -> None:
+def test_kernels_compile_without_spills(architecture: int, dtype: torch.dtype, unit: bool) -> None:
     with recorded(scale_attention_triton) as launches:
         qkv = torch.empty(2, sum(TEN), 3, 16, 64, dtype=dtype, requires_grad=True)
         out = attend(qkv, torch.empty(16, requires_grad=True) if unit else None, TEN, 1.0, 1e-12)
         out.backward(torch.empty_like(out))
     assert len(launches) == 3
     for launch in launches:
-        binary = launch.compiled_for(90)
+        binary = launch.compiled_for(architecture)
         assert binary.stack_bytes == 0 and binary.shared_bytes <= 100 << 10
         assert not re.search(r"\b(atom|red)\.", binary.ptx), "adds in whatever order programs end"
