@@ -28,8 +28,8 @@ MAX_LOG_SCALE = math.log(100.0)
 """Heads' learned scales stop growing at 100."""
 INITIAL_LOG_SCALE = math.log(4.0)
 HOPPER = 9
-"""Major compute capability that our own kernels are made for, and were measured on: before, registers are too few; after,
-`auto` leaves them alone."""
+"""Major compute capability that our own kernels are made for and were measured on: before, registers are too few, and
+`auto` leaves alone what came after."""
 
 
 def varlen_layout(lengths: Sequence[int], batch: int) -> tuple[list[int], int]:
