@@ -43,9 +43,8 @@ class Noted(TrainingLoop[int, Result, Result]):
         run, world = RunFolder(folder), World(Place("alone"), torch.device("cpu"))
         stops = StopRequests(run.stop_file, 0, environ={})
         session = Session(run, world, Watchdog(NEVER), stops, self.ours, takeover_s=9)
-        tracker = Tracker(
-            folder, TrackingConfig(), is_main=True, resumed_step=resumed, samples_at=int, settings={}, lines=str
-        )
+        config = TrackingConfig(wandb="disabled")  # A client that is never closed would be the next test's.
+        tracker = Tracker(folder, config, is_main=True, resumed_step=resumed, samples_at=int, settings={}, lines=str)
         feed = Feed(batches, 1, ahead=2 if self.reads_late else 1)
         super().__init__(session, feed, tracker, last_step, save_every=2)
 

@@ -11,13 +11,15 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from mvar.config import TrackingConfig, TrainConfig
 from mvar.run.tracking import Tracker
 from tests.unit.run.test_tracking import TRAIN, tracker
+
+T = TypeVar("T")
 
 
 class StandIn(types.ModuleType):
@@ -155,7 +157,8 @@ def test_a_client_whose_offline_segments_replace_each_other_is_named(
 def test_the_real_client_keeps_a_run_over_a_rollback_and_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # Whatever run of this process another test has left open would be taken for the first of these.
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"
@@ -165,8 +168,10 @@ def test_the_real_client_keeps_a_run_over_a_rollback_and_a_restart(
             for step in range(resumed + 1, last + 1):
                 track.write("train", step, **(TRAIN | {"loss": float(100 * resumed + step)}))
         time.sleep(1.1)  # The client names segments by the second.
-    while len(segments := sorted((folder / "wandb").glob("offline-run-*/*.wandb"))) < 3:
-        time.sleep(0.05)  # The client's own process writes them, and may not have begun when the run has ended.
+    # The client's own process writes them, and may not have begun when the run has ended.
+    segments = eventually(
+        lambda: sorted((folder / "wandb").glob("offline-run-*/*.wandb")), lambda found: len(found) == 3
+    )
     kept = [rows_and_axes(path) for path in segments]
     assert [[(row["step"], row["train/loss"]) for row in rows] for rows, _, _ in kept] == [
         [(2, 2.0), (4, 4.0), (6, 6.0), (8, 8.0)],
@@ -177,6 +182,15 @@ def test_the_real_client_keeps_a_run_over_a_rollback_and_a_restart(
     assert len({run_id for *_, run_id in kept}) == 1
 
 
+def eventually(look: Callable[[], T], enough: Callable[[T], bool]) -> T:
+    """What `look` finds once it is enough. A client that never writes it fails the test instead of hanging it."""
+    for _ in range(1200):
+        if enough(found := look()):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"after a minute there is still only {found}")
+
+
 def rows_and_axes(path: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]], str]:
     """What a segment holds: its rows, (metric, its axis), and the id of its run."""
     import json
@@ -184,9 +198,8 @@ def rows_and_axes(path: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows, axes, run_id = [], [], ""
-    while not (records := _records(path.read_bytes())) or not _is_end(records[-1]):
-        time.sleep(0.05)  # The client's own process writes, and is not done when it says so.
-    for data in records:
+    # The client's own process writes, and is not done when it says so.
+    for data in eventually(lambda: _records(path.read_bytes()), lambda records: bool(records) and _is_end(records[-1])):
         record = Record()
         record.ParseFromString(data)
         if record.HasField("run"):
