@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
-from torch.utils.checkpoint import CheckpointPolicy
 
 from mvar.errors import BackendError
 from mvar.model import attention, recompute
@@ -286,5 +285,5 @@ def test_a_packed_kernel_asked_for_by_name_refuses_what_it_cannot_run() -> None:
 
 def test_selective_recomputation_keeps_the_results_of_every_attention_kernel() -> None:
     ours = [torch.ops.torch_attn._varlen_attn.default, torch.ops.aten._scaled_dot_product_flash_attention.default]
-    assert {recompute._policy(None, operation) for operation in ours} == {CheckpointPolicy.MUST_SAVE}
-    assert recompute._policy(None, torch.ops.aten.mul.Tensor) == CheckpointPolicy.PREFER_RECOMPUTE
+    assert all(recompute._is_kept(operation) for operation in ours)
+    assert not recompute._is_kept(torch.ops.aten.mul.Tensor)
