@@ -1,6 +1,6 @@
 """What Mamba-2 does between its two linear layers, in our own Triton kernels: convolution, scan, gate and norm.
 
-One autograd node. Forward three kernels; kept are the input, the scan's output and the norm's factors. Backward the
+One autograd node. Forward four kernels; kept are the input, the scan's output and the norm's factors. Backward the
 convolution is done again, and every part writes its share of the one gradient of the input.
 Shapes: B images, L tokens, I inner channels, H heads, K = I + 2N convolved channels, W taps, V = W - 1, N state,
 E = I + K + H channels of a row: the gate z, [x, B, C], the step sizes.

@@ -249,8 +249,7 @@ def ssd_forward_kernel(
         y += tl.dot(scores.to(x.dtype), x, input_precision=PRECISION)
         y += d * x.to(tl.float32)
         _store(y_ptr, y, token, here, HEADS * WIDTH, WIDTH)
-        weighted = (b.to(tl.float32) * (tl.exp2(total - s) * dt)[:, None]).to(x.dtype)
-        state = state * tl.exp2(total) + tl.dot(tl.trans(weighted), x, input_precision=PRECISION)
+        state = _advanced(state, total, b, tl.exp2(total - s) * dt, x, PRECISION)
     if final_ptr is not None:
         tl.store(final_ptr + at_state, state)
 
@@ -288,8 +287,7 @@ def ssd_states_kernel(
         x = _tile(xbc_ptr + head * WIDTH, token, here, ROW, WIDTH)
         b = _tile(xbc_ptr + HEADS * WIDTH, token, here, ROW, STATE)
         dt, s, total = _chunk_steps(dt_ptr + to_steps, s_ptr + to_steps, chunk, CHUNK)
-        weighted = (b.to(tl.float32) * (tl.exp2(total - s) * dt)[:, None]).to(x.dtype)
-        state = state * tl.exp2(total) + tl.dot(tl.trans(weighted), x, input_precision=PRECISION)
+        state = _advanced(state, total, b, tl.exp2(total - s) * dt, x, PRECISION)
     dstate = tl.zeros((STATE, WIDTH), tl.float32)
     for back in tl.range(0, chunks):
         chunk = chunks - 1 - back
@@ -299,8 +297,7 @@ def ssd_states_kernel(
         dy = _tile(dy_ptr, token, here, HEADS * WIDTH, WIDTH)
         c = _tile(xbc_ptr + HEADS * WIDTH + STATE, token, here, ROW, STATE)
         _, s, total = _chunk_steps(dt_ptr + to_steps, s_ptr + to_steps, chunk, CHUNK)
-        weighted = (c.to(tl.float32) * tl.exp2(s)[:, None]).to(dy.dtype)
-        dstate = dstate * tl.exp2(total) + tl.dot(tl.trans(weighted), dy, input_precision=PRECISION)
+        dstate = _advanced(dstate, total, c, tl.exp2(s), dy, PRECISION)
 
 
 @triton.jit(do_not_specialize=("length", "chunks"))
@@ -499,6 +496,13 @@ def _chunk_steps(dt_ptr, s_ptr, chunk, CHUNK: tl.constexpr):
     """Step sizes of a chunk, the running sum of dt A, and the whole of it."""
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     return tl.load(dt_ptr + at), tl.load(s_ptr + at), tl.load(s_ptr + chunk * CHUNK + CHUNK - 1)
+
+
+@triton.jit
+def _advanced(state, total, rows, weights, values, PRECISION: tl.constexpr):
+    """A state (N, P) past a chunk: what is left of it, and each token's weighted row times its value."""
+    weighted = (rows.to(tl.float32) * weights[:, None]).to(values.dtype)
+    return state * tl.exp2(total) + tl.dot(tl.trans(weighted), values, input_precision=PRECISION)
 
 
 @triton.jit
